@@ -1,0 +1,415 @@
+"""Videos in, uint8 clips with tube masks out: finding, decoding, cropping, and a toy set that needs no download.
+
+What `--data` may name (`find_videos`):
+    toy                     eight motion classes, rendered once into data/toy as mp4 files
+    a folder                FOLDER/<class name>/*.mp4 (any depth below a class), or FOLDER/train/<class name>/*.mp4
+    a flat folder           FOLDER/*.mp4: no labels, enough for pretraining
+    a list file             a video a line, `path` or `path label`; the label is a whole number and the last field, so
+                            paths may hold spaces; relative paths start at the list's own folder
+Each video is opened, the wanted frames are decoded and nothing after them, and the clip stays uint8 until it is on the
+training device (`normalise`). A video that can't be read raises VideoError; `Clips` takes another one and says so.
+"""
+import math
+import shutil
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+
+import av
+import torch
+import torch.nn.functional as F
+from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as transform
+from tqdm import tqdm
+
+from sigma import IMAGENET_MEAN, IMAGENET_STD, tube_mask
+
+av.logging.set_level(av.logging.FATAL)               # a damaged file is reported once, by us, not line by line by FFmpeg
+SUFFIXES = set(".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .ts .mts .wmv .flv .3gp .ogv".split())
+RETRIES = 10                                          # other clips that are tried in place of one that can't be read
+
+
+class UserError(Exception):
+    """Something that the user can mend; the message says what was expected, what was found and what to do."""
+
+
+class VideoError(Exception):
+    """One video that can't be read; the message says why."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding videos
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Videos:
+    """paths, and for each its label (-1: none); what was passed over, each with the reason."""
+    paths: list = field(default_factory=list)
+    labels: list = field(default_factory=list)
+    passed_over: list = field(default_factory=list)
+
+    @property
+    def classes(self):
+        return len(set(self.labels) - {-1})
+
+
+def find_videos(source, split="train"):
+    """The videos of a folder or a list file (layouts at the top of this file). Raises UserError where there are none."""
+    source, found = Path(source), Videos()
+    if source.is_file():
+        if source.suffix.lower() in SUFFIXES:
+            raise UserError(f"--data takes a folder or a text file that lists videos, found the video {source}: "
+                            "give its folder, or a file with its path as the only line")
+        read_list(source, found)
+    elif source.is_dir():
+        if (source / split).is_dir():
+            source = source / split
+        walk_folder(source, found)
+    else:
+        raise UserError(f"--data expects toy, a folder of videos or a list file, found nothing at {source}: check the path")
+    if not found.paths:
+        why = f" ({len(found.passed_over)} passed over, first: {found.passed_over[0]})" if found.passed_over else ""
+        raise UserError(f"expected videos in {source}, found none{why}: "
+                        f"give FOLDER/<class>/*.mp4, FOLDER/*.mp4 or a file with lines `path` or `path label`")
+    return found
+
+
+def walk_folder(folder, found):
+    """Adds the videos below a folder; the names of its sub-folders are the classes, in alphabetical order."""
+    def videos_below(place):
+        for path in sorted(p for p in place if p.is_file() and not p.name.startswith(".")):
+            if path.suffix.lower() in SUFFIXES:
+                yield str(path)
+            else:
+                found.passed_over.append(f"{path}: not a video by its name")
+
+    subfolders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    for label, subfolder in enumerate(subfolders):
+        paths = list(videos_below(subfolder.rglob("*")))
+        found.paths += paths
+        found.labels += [label] * len(paths)
+    if not found.paths:
+        found.paths = list(videos_below(folder.iterdir()))
+        found.labels = [-1] * len(found.paths)
+
+
+def read_list(file, found):
+    """Adds the videos of a list file; lines that name none are passed over, quoted with their number."""
+    try:
+        lines = file.read_text().splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"expected a text file that lists videos, found something else in {file}") from None
+    for number, line in enumerate(lines, start=1):
+        path, _, last = line.strip().rpartition(" ")
+        label = int(last) if path and last.isdecimal() else -1
+        path = file.parent / (path.strip() if label >= 0 else line.strip())
+        if not line.strip():
+            continue
+        if path.is_file():
+            found.paths.append(str(path))
+            found.labels.append(label)
+        else:
+            found.passed_over.append(f'{file}, line {number}, "{line.strip()}": there is no file {path}')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding
+# ---------------------------------------------------------------------------------------------------------------------
+
+def pretraining_frames(n, frames, stride, generator=None):
+    """Indices of a clip in a video of n frames: a random start, then every stride-th; the last existing frame is held."""
+    start = int(torch.randint(max(n - frames * stride, 0) + 1, (1,), generator=generator))
+    return [min(start + stride * i, n - 1) for i in range(frames)]
+
+
+def decode(path, choose, seek=True):
+    """Frames of a video, (n, 3, H, W) uint8 RGB: those that choose(number of frames) -> ascending indices asks for.
+
+    Frame i is the last one shown at or before i / rate seconds after the first, which is the i-th where the rate is
+    constant. Many files know the number of their frames only roughly: where one ends sooner, its last frame is held.
+    Raises VideoError with the reason.
+    """
+    try:
+        with av.open(path) as container:                                                # closed whatever happens: no leak
+            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+            if not streams:
+                raise VideoError("it has no video stream")
+            stream = streams[0]
+            stream.thread_type, stream.codec_context.thread_count = "NONE", 1     # the workers are parallel, not the decoder
+            packets = packets_of(container, stream)
+            first = next(packets, None)
+            if first is None or first.pts is None or not stream.average_rate:
+                raise VideoError("it holds no frames with time stamps")
+            step = 1 / (stream.average_rate * stream.time_base)                           # from frame to frame, in ticks
+            length = stream.duration or (container.duration or 0) / (av.time_base * stream.time_base)
+            # Some webm files tell neither frames nor duration: count their packets, which needs no decoding.
+            count = stream.frames or round(length / step) or 1 + sum(1 for _ in packets)
+            indices = choose(count)
+            # Time stamps are rounded to ticks: forgive one tick, but never as much as half a frame.
+            times = [float(first.pts + index * step + min(1, step / 2)) for index in indices]
+            if seek:
+                container.seek(int(times[0]), stream=stream)                           # to the last key frame before the clip
+                found = clip_packets(packets_of(container, stream), times[-1])
+                if not found or not found[0].is_keyframe or found[0].pts > times[0]:                  # or, in some formats,
+                    return decode(path, lambda _: indices, seek=False)            # elsewhere: then read from the beginning
+            else:
+                found = [first, *clip_packets(packets, times[-1])]
+            return torch.stack(decode_packets(stream, found, times)).permute(0, 3, 1, 2)
+    except (av.FFmpegError, OSError) as error:
+        raise VideoError(f"it can't be read: {error.strerror}") from None
+
+
+def packets_of(container, stream):
+    """The stream's compressed packets in file order, without the empty ones that mark its end."""
+    return (packet for packet in container.demux(stream) if packet.size)
+
+
+def clip_packets(packets, end):
+    """Packets up to the last one that can hold a frame shown by `end`: a packet is never shown before its dts."""
+    found = []
+    for packet in packets:
+        found.append(packet)
+        if packet.dts is not None and packet.dts > end:
+            break
+    return found
+
+
+def decode_packets(stream, packets, times):
+    """For each of the ascending times the last frame shown by then, (H, W, 3) uint8; only these are converted to RGB."""
+    shown = sorted(packet.pts for packet in packets if packet.pts is not None)
+    wanted = {shown[max(bisect_right(shown, time) - 1, 0)] for time in times} if shown else {}
+    # A frame that is neither wanted nor referred to by others need not be decoded. Needs packets that all tell their
+    # frame's time, and a decoder that minds the setting packet by packet: dav1d, for one, drops wanted frames.
+    context, chosen, last = stream.codec_context, [], None
+    unwanted = "NONREF" if len(shown) == len(packets) and context.name in ("h264", "hevc") else "DEFAULT"
+
+    def frames():
+        for packet in packets:
+            context.skip_frame = "DEFAULT" if packet.pts in wanted else unwanted
+            yield from packet.decode()
+        yield from context.decode(None)                                          # those that the decoder still holds back
+
+    for frame in frames():
+        if frame.pts is None:
+            raise VideoError("it holds frames without time stamps")
+        while last is not None and len(chosen) < len(times) and frame.pts > times[len(chosen)]:
+            chosen.append(last)
+        if len(chosen) == len(times):
+            break                                                               # nothing behind the clip is decoded
+        last = frame
+    if last is None:
+        raise VideoError("none of its frames can be decoded")
+    chosen += [last] * (len(times) - len(chosen))                                  # the video ends: its last frame is held
+    images = {frame.pts: to_rgb(frame, chosen[0].width, chosen[0].height) for frame in chosen}
+    return [images[frame.pts] for frame in chosen]
+
+
+reformatter = None
+
+
+def to_rgb(frame, width, height):
+    """A decoded frame as (height, width, 3) uint8, on one thread: by default every frame would start one on each core."""
+    global reformatter                                 # one in each worker process: threads of its own don't survive a fork
+    reformatter = reformatter or VideoReformatter()
+    return torch.from_numpy(reformatter.reformat(frame, width, height, "rgb24", threads=1).to_ndarray())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clips
+# ---------------------------------------------------------------------------------------------------------------------
+
+CROP_FACTORS = (1, 0.875, 0.75, 0.66)                                                 # of the short side, for each side
+CROP_SIDES = [(i, j) for i in CROP_FACTORS for j in CROP_FACTORS
+              if abs(CROP_FACTORS.index(i) - CROP_FACTORS.index(j)) <= 1]                # at most one step apart: 10 pairs
+CROP_PLACES = [(i, j) for i in range(5) for j in range(5) if (i + j) % 2 == 0]            # 13 quarters of the free space
+
+
+def corner_crop(height, width, generator=None):
+    """The multi-scale corner crop of VideoMAE and SIGMA: a random box (top, left, height, width) for the whole clip."""
+    sides, place = (options[int(torch.randint(len(options), (1,), generator=generator))]
+                    for options in (CROP_SIDES, CROP_PLACES))
+    h, w = (int(min(height, width) * side) for side in sides)
+    return place[0] * ((height - h) // 4), place[1] * ((width - w) // 4), h, w
+
+
+def centre_crop(height, width, generator=None):
+    """The largest square in the middle, as (top, left, height, width)."""
+    side = min(height, width)
+    return (height - side) // 2, (width - side) // 2, side, side
+
+
+def resize_crop(frames, box, size):
+    """The box of each frame (T, 3, H, W) uint8, resized bilinearly to size x size: (3, T, size, size) uint8."""
+    if box != (0, 0, size, size) or frames.shape[-2:] != (size, size):
+        frames = transform.resized_crop(frames, *box, [size, size], InterpolationMode.BILINEAR, antialias=True)
+    return frames.transpose(0, 1).contiguous()
+
+
+class Clips(Dataset):
+    """A clip with its tube mask for each key (epoch, index): the same key gives the same clip, on whichever worker.
+
+    Items are (video (3, T, S, S) uint8, mask (N,) bool, label, index, bad): bad holds the [path, reason] of videos that
+    couldn't be read, in whose place the clip comes from another one. After RETRIES of them the clip is black.
+    crop: corner_crop or centre_crop. cache: a dict that keeps decoded videos, for sets that fit into memory.
+    """
+
+    def __init__(self, videos, *, frames, stride, size, tube, ratio, crop=corner_crop, seed=0, cache=None):
+        if frames % tube[0] or size % tube[1] or size % tube[2]:
+            raise UserError(f"expected frames and size divisible by the tube {tuple(tube)}, found {frames} and {size}")
+        self.videos, self.size, self.ratio, self.crop, self.seed, self.cache = videos, size, ratio, crop, seed, cache
+        self.grid = (frames // tube[0], size // tube[1], size // tube[2])
+        self.frames, self.stride, self.tube = frames, stride, tube
+
+    def __len__(self):
+        return len(self.videos.paths)
+
+    def read(self, path, generator):
+        """One clip of the video at path, (3, T, size, size) uint8. Raises VideoError."""
+        choose = partial(pretraining_frames, frames=self.frames, stride=self.stride, generator=generator)
+        if self.cache is None:
+            frames = decode(path, choose)
+        else:
+            if path not in self.cache:
+                self.cache[path] = decode(path, range)
+            frames = self.cache[path]
+            frames = frames[choose(len(frames))]
+        return resize_crop(frames, self.crop(*frames.shape[-2:], generator), self.size)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        generator = torch.Generator().manual_seed(hash((self.seed, epoch, index)) % 2 ** 63)
+        mask, bad = tube_mask(1, self.grid, self.ratio, generator)[0], []
+        while len(bad) < RETRIES:
+            path = self.videos.paths[index]
+            try:
+                return self.read(path, generator), mask, self.videos.labels[index], index, bad
+            except VideoError as error:
+                bad.append([path, str(error)])
+                index = int(torch.randint(len(self), (1,), generator=generator))
+        return torch.zeros(3, self.frames, self.size, self.size, dtype=torch.uint8), mask, -1, index, bad
+
+
+class Order(Sampler):
+    """Keys (epoch, index) of this rank's clips: one shuffle for all ranks, new in each epoch, cut into whole steps.
+
+    A step takes `batch` clips on each of `world` ranks; the last, uneven one is dropped on all ranks alike.
+    Set `epoch`, and `start` to the number of steps of it that are done, before each pass.
+    """
+
+    def __init__(self, n, batch, rank=0, world=1, seed=0, multiple=1):
+        self.n, self.batch, self.rank, self.world, self.seed = n, batch, rank, world, seed
+        self.steps, self.epoch, self.start = n // (batch * world * multiple) * multiple, 0, 0
+
+    def __len__(self):
+        return (self.steps - self.start) * self.batch
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(hash((self.seed, self.epoch)) % 2 ** 63)
+        order = torch.randperm(self.n, generator=generator)[:self.steps * self.world * self.batch]
+        mine = order.view(self.steps, self.world, self.batch)[self.start:, self.rank].flatten()
+        return ((self.epoch, index) for index in mine.tolist())
+
+
+def collate(samples):
+    """A batch: video (B, 3, T, S, S) uint8, mask (B, N), label (B,), index (B,), and the list of bad videos."""
+    video, mask, label, index, bad = zip(*samples)
+    return torch.stack(video), torch.stack(mask), torch.tensor(label), torch.tensor(index), bad
+
+
+def loader(clips, batch, sampler, workers, device="cpu"):
+    """A DataLoader of batches as collate makes them."""
+    return DataLoader(clips, batch, sampler=sampler, num_workers=workers, collate_fn=collate,
+                      pin_memory=torch.device(device).type == "cuda", persistent_workers=workers > 0)
+
+
+@cache
+def channels(values, device):
+    """Three numbers as a tensor (3, 1, 1, 1), made once for each device: making one on a GPU waits for it."""
+    return torch.tensor(values, device=device)[:, None, None, None]
+
+
+def normalise(video, device):
+    """Video (B, 3, T, H, W) uint8 -> float32 on the device, with ImageNet's mean and deviation taken out."""
+    video = video.to(device, non_blocking=True).float().div_(255)
+    return video.sub_(channels(IMAGENET_MEAN, device)).div_(channels(IMAGENET_STD, device))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The toy set
+# ---------------------------------------------------------------------------------------------------------------------
+
+TOY_CLASSES = ("down", "grow", "left", "right", "rotate_left", "rotate_right", "shrink", "up")
+TOY_FRAMES, TOY_SIZE, TOY_TRAIN, TOY_VAL = 8, 32, 8192, 1600
+
+
+def toy_clips(labels, generator):
+    """Clips of one moving shape for labels (n,) in TOY_CLASSES: (n, TOY_FRAMES, TOY_SIZE, TOY_SIZE, 3) uint8.
+
+    A lobed, striped shape on a smooth background, all of random looks. Its place is uniform on a plane whose opposite
+    edges are joined, its angle on the circle, its log size on an interval whose ends are joined: a single frame has the
+    same distribution in all classes, and only motion tells them apart. No pixel noise: nothing could predict it.
+    """
+    n, size, low, high = len(labels), TOY_SIZE, math.log(7), math.log(18)
+
+    def uniform(a, b, *shape):
+        return a + (b - a) * torch.rand(n, *(shape or (1, 1, 1)), generator=generator)
+
+    def path(start, minus, plus, slow, fast):                    # a quantity that moves, or stands still: n T 1 1
+        direction = (labels == TOY_CLASSES.index(plus)).float() - (labels == TOY_CLASSES.index(minus)).float()
+        speed = direction.view(-1, 1, 1, 1) * uniform(slow, fast)
+        return start + speed * torch.arange(TOY_FRAMES).view(1, -1, 1, 1)
+
+    background = F.interpolate(uniform(0, 1, 3, 2, 2), (size, size), mode="bilinear", align_corners=True)
+    x = path(uniform(0, size), "left", "right", 1.5, 3)                                          # in pixels
+    y = path(uniform(0, size), "up", "down", 1.5, 3)
+    angle = path(uniform(0, 2 * math.pi), "rotate_left", "rotate_right", 0.25, 0.5)              # in radians
+    radius = (low + (path(uniform(0, high - low), "shrink", "grow", 0.05, 0.1) % (high - low))).exp()
+    pixel = torch.arange(size) + 0.5
+    dx, dy = ((pixel - x + size / 2) % size - size / 2, (pixel[:, None] - y + size / 2) % size - size / 2)
+    along = (dx * angle.cos() + dy * angle.sin()) / radius                       # the shape's own coordinates: n T S S
+    across = (dy * angle.cos() - dx * angle.sin()) / radius
+    lobes, depth = torch.randint(2, 6, (n, 1, 1, 1), generator=generator), uniform(0.15, 0.35)
+    outline = 1 - depth + depth * torch.cos(lobes * torch.atan2(across, along))
+    inside = ((outline - along.hypot(across)) * radius + 0.5).clamp(0, 1)                # an edge one pixel wide
+    turn, waves = uniform(0, math.pi), uniform(2, 4)
+    stripes = torch.sin(waves * (along * turn.cos() + across * turn.sin()) + uniform(0, 2 * math.pi))
+    texture = uniform(0, 1, 3, 1, 1, 1) + uniform(-0.5, 0.5, 3, 1, 1, 1) * stripes[:, None]            # n 3 T S S
+    clip = background[:, :, None].lerp(texture.clamp(0, 1), inside[:, None])
+    return (clip * 255).round().byte().permute(0, 2, 3, 4, 1)
+
+
+def write_video(path, frames, rate=8):
+    """Writes frames (T, H, W, 3) uint8 as H.264 in mp4; H and W even."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=rate, options={"preset": "ultrafast", "crf": "10"})
+        stream.height, stream.width, stream.pix_fmt, stream.codec_context.thread_count = *frames.shape[1:3], "yuv420p", 1
+        for frame in frames.numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def make_toy(root, seed=0, train=TOY_TRAIN, val=TOY_VAL):
+    """Renders the toy set into root/{train,val}/<class>/*.mp4, the same for the same seed, unless root is there already.
+
+    Works in a folder of another name until all is written, so that root is whole or not there.
+    """
+    root = Path(root)
+    if root.is_dir():
+        return
+    draft = root.with_name(root.name + ".unfinished")
+    shutil.rmtree(draft, ignore_errors=True)
+    with tqdm(total=train + val, desc="rendering the toy set, once", unit=" clips") as bar:
+        for part, (split, number) in enumerate((("train", train), ("val", val))):
+            generator = torch.Generator().manual_seed(2 * seed + part)
+            for name in TOY_CLASSES:
+                (draft / split / name).mkdir(parents=True)
+            for first in range(0, number, 256):
+                labels = torch.arange(first, min(first + 256, number)) % len(TOY_CLASSES)
+                for i, clip in enumerate(toy_clips(labels, generator), start=first):
+                    write_video(draft / split / TOY_CLASSES[labels[i - first]] / f"{i:05}.mp4", clip)
+                bar.update(len(labels))
+    draft.rename(root)

@@ -1,0 +1,463 @@
+"""SIGMA: Sinkhorn-Guided Masked Video Modeling, the whole method in one file.
+
+Paper: Salehi, Dorkenwald, Thoker, Gavves, Snoek, Asano, ECCV 2024, arXiv 2407.15447.
+
+    model = build_model("base")                                 # or SIGMA(dim=..., ...) for any size
+    video = torch.randn(2, 3, 16, 224, 224)                     # normalised with ImageNet's mean and deviation
+    loss, stats = model(video, tube_mask(2, (8, 14, 14)))       # pretrain: 90% of the tubes are hidden
+    features = model.encoder(video)                             # use: (2, 1568, 768), one token for each tube
+
+`python sigma.py` walks one clip through the method and prints each step. The parts stand in order, small to large;
+each can be copied together with the parts it names. `tube_mask`, `sinkhorn` and `symmetric_loss` need torch alone.
+
+Shapes    B clips of 3 x T x H x W pixels    N tubes of a clip = V visible + M hidden    P pixel values of a tube
+          D width of the tokens              E width of features and prototypes          K prototypes
+"""
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tubes: the clip in pieces of 2 frames x 16 x 16 pixels, where each one stands, and which are hidden
+# ---------------------------------------------------------------------------------------------------------------------
+
+def positions(n, dim):
+    """Fixed sinusoids of the tubes' flattened (t h w) index, (n, dim) float32: even columns sine, odd columns cosine.
+
+    Row p is the same for every n, so a clip of any size takes the first N rows of one table.
+    """
+    column = torch.arange(dim)
+    frequency = 10000 ** (-2 * (column // 2).double() / dim)
+    angle = torch.arange(n, dtype=torch.float64)[:, None] * frequency                                            # n dim
+    return torch.where(column % 2 == 0, angle.sin(), angle.cos()).float()
+
+
+def tube_mask(batch, grid, ratio=0.9, generator=None):
+    """Random tube masks (paper section 3; VideoMAE): (batch, t*h*w) bool on the CPU, True where hidden.
+
+    Each clip hides int(ratio * h*w) places of its own choice, the same in all t time slices, so that a hidden tube
+    can't be copied from the slice before. Every clip hides the same number: the visible ones form one dense batch.
+    grid: the clip's size (t, h, w) in tubes. ratio: above 0, below 1. generator: a torch.Generator on the CPU.
+    """
+    t, h, w = grid
+    hidden = int(ratio * h * w)
+    if not 0 < hidden < h * w:
+        raise ValueError(f"a mask must hide some places and leave some: ratio {ratio} hides {hidden} of {h * w}")
+    places = torch.rand(batch, h * w, generator=generator).argsort(dim=1)[:, :hidden]
+    return torch.zeros(batch, h * w, dtype=torch.bool).scatter_(1, places, True).repeat(1, t)                      # B N
+
+
+def split_mask(mask, device):
+    """Mask (B, N), True where hidden -> indices of the visible tubes (B, V) and of the hidden ones (B, M), ascending.
+
+    Python must know how many are hidden. A mask on the CPU tells at once; one on a GPU makes the program wait for it.
+    """
+    hidden = mask.sum(dim=1).tolist()
+    if len(set(hidden)) != 1:
+        raise ValueError(f"every clip of a batch must hide the same number of tubes, found {sorted(set(hidden))}")
+    order = mask.to(device, non_blocking=True).byte().argsort(dim=1, stable=True)                  # visible ones first
+    return order.split([mask.shape[1] - hidden[0], hidden[0]], dim=1)
+
+
+def take_tubes(video, tube, index=None):
+    """The tubes of a video (B, 3, T, H, W) at index (B, n), or all of them: (B, n, 3, p, q, r), tube = (p, q, r)."""
+    if any(size % step for size, step in zip(video.shape[2:], tube)):
+        raise ValueError(f"frames, height and width must be divisible by the tube {tuple(tube)}, "
+                         f"found {tuple(video.shape[2:])}: resize the clip or choose another tube")
+    p, q, r = tube
+    cut = rearrange(video, "b c (t p) (h q) (w r) -> b t h w c p q r", p=p, q=q, r=r)      # a view: nothing is copied
+    if index is None:
+        return rearrange(cut, "b t h w c p q r -> b (t h w) c p q r")
+    clip = torch.arange(len(video), device=video.device)[:, None]
+    return cut[(clip, *torch.unravel_index(index, cut.shape[1:4]))]                                        # B n 3 p q r
+
+
+def standardise(x, dim):
+    """Zero mean and unit variance (unbiased) along dim; 1e-6 keeps constant tubes finite."""
+    return (x - x.mean(dim, keepdim=True)) / (x.std(dim, keepdim=True) + 1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The video model: a ViT that sees the visible tubes, and a light decoder that predicts features of the hidden ones
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Attention(nn.Module):
+    """Multi-head self-attention over (B, n, dim). Queries and values have a bias, keys have none."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(x, self.qkv.weight, bias)                                                                # B n 3D
+        q, k, v = rearrange(qkv, "b n (three heads d) -> three b heads n d", three=3, heads=self.heads)
+        x = F.scaled_dot_product_attention(q, k, v)                                                       # B heads n d
+        return self.proj(rearrange(x, "b heads n d -> b n (heads d)"))                                           # B n D
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between; the hidden one is four times as wide."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class TubeEmbedding(nn.Module):
+    """A Conv3d whose kernel and stride are one tube, computed as a linear layer on just the tubes that are asked for."""
+
+    def __init__(self, dim, tube):
+        super().__init__()
+        self.proj = nn.Conv3d(3, dim, kernel_size=tube, stride=tube)
+
+    def forward(self, tubes):                                                                             # B n 3 p q r
+        return F.linear(tubes.flatten(2), self.proj.weight.flatten(1), self.proj.bias)                            # B n D
+
+
+def init_linear(module):
+    """Xavier-uniform weights and zero biases for every linear layer within; LayerNorm already starts at 1 and 0."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+class PositionTable(nn.Module):
+    """The first n rows of the position table: made once, grown when a longer clip comes, never trained, never saved."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.register_buffer("table", positions(1568, dim), persistent=False)
+
+    def forward(self, n):
+        if n > len(self.table):
+            self.table = positions(n, self.table.shape[1]).to(self.table)
+        return self.table[:n]                                                                                       # N D
+
+
+class Encoder(nn.Module):
+    """ViT on space-time tubes. Without a mask it embeds all tubes; with one, it never touches the hidden ones."""
+
+    def __init__(self, *, dim, depth, heads, tube=(2, 16, 16)):
+        super().__init__()
+        self.tube = tuple(tube)
+        self.patch_embed = TubeEmbedding(dim, self.tube)
+        self.position = PositionTable(dim)
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        init_linear(self)
+
+    def forward(self, video, mask=None):
+        """video (B, 3, T, H, W), each size divisible by the tube's; mask (B, N) bool, True where hidden.
+
+        Returns the final tokens, (B, N, D) without a mask, (B, V, D) with one; tubes count in (t h w) order.
+        """
+        if mask is None:
+            tubes = take_tubes(video, self.tube)                                                          # B N 3 p q r
+            x = self.patch_embed(tubes) + self.position(tubes.shape[1])                                           # B N D
+        else:
+            visible, _ = split_mask(mask, video.device)                                                             # B V
+            x = self.patch_embed(take_tubes(video, self.tube, visible)) + self.position(mask.shape[1])[visible]   # B V D
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class Decoder(nn.Module):
+    """Light transformer on all tokens (B, N, D), the hidden ones last; its head returns (B, M, E) for those alone."""
+
+    def __init__(self, *, dim, depth, heads, out):
+        super().__init__()
+        self.position = PositionTable(dim)
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, out)
+        init_linear(self)
+
+    def forward(self, x, hidden):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x[:, -hidden:]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prototypes: balanced assignments by Sinkhorn, and the loss in which each branch predicts the other's assignment
+# ---------------------------------------------------------------------------------------------------------------------
+
+def projector(pixels, dim, widths=(1024, 1024, 512)):
+    """The projection network of SIGMA-MLP: P standardised pixel values of a tube -> a feature of `dim` numbers."""
+    layers = []
+    for width in widths:
+        layers += [nn.Linear(pixels, width), nn.GELU()]
+        pixels = width
+    return nn.Sequential(*layers, nn.Linear(pixels, dim))
+
+
+def at_least_fp32(x):
+    """x in float32 if it has fewer bits, else as it is (float64 stays float64)."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@torch.no_grad()                                                        # an assignment is a target: no gradient through it
+def sinkhorn(scores, eps=0.05, iters=10):
+    """Soft assignment of N tubes to K prototypes that uses all prototypes equally (paper section 3.2; SwAV).
+
+    scores: (N, K), cosines in [-1, 1], or a list of several such; those share each iteration's all-reduce. Under
+    torch.distributed N is this rank's part, and balance holds over all ranks' tubes. Returns the same shape(s), in
+    float32 or better whatever the autocast: rows sum to 1, columns to about N / K over the whole batch.
+
+    The assignment is diag(u) kernel diag(v) with kernel = exp(scores / eps). Only the two vectors change from one
+    iteration to the next, so an iteration is two products of one fixed matrix with a vector; nothing N x K is rewritten.
+    A constant factor on v is undone by the next u, so the equal totals need not be 1/K: v is scaled to a largest of 1.
+    """
+    branches = [scores] if isinstance(scores, torch.Tensor) else scores
+    branches = [s.to(torch.promote_types(s.dtype, torch.float32)) for s in branches]
+    parallel = dist.is_available() and dist.is_initialized()
+    with torch.autocast(branches[0].device.type, enabled=False):
+        # exp(2 / 0.005) overflows. A factor taken out of a column belongs to v, which the first step computes afresh;
+        # one taken out of a row is given back by u. So column and row maxima go, exactly, and each line keeps a 1.
+        peaks = torch.stack([s.amax(dim=0) for s in branches])                                            # branches x K
+        if parallel:
+            dist.all_reduce(peaks, dist.ReduceOp.MAX)
+        kernels, us = [], []
+        for s, peak in zip(branches, peaks):
+            kernel, u = torch.empty_like(s), s.new_empty(len(s))                                             # N K and N
+            for rows, out, top in zip(s.split(1024), kernel.split(1024), u.split(1024)):   # blocks that stay in the cache
+                torch.amax(torch.sub(rows, peak, out=out), dim=1, out=top)
+                out.sub_(top[:, None]).div_(eps).exp_()
+            kernels.append(kernel)
+            us.append(u.div_(eps).exp_())
+        for _ in range(iters):
+            totals = torch.stack([u @ kernel for u, kernel in zip(us, kernels)])                          # branches x K
+            if parallel:
+                dist.all_reduce(totals)
+            vs = totals.amin(dim=1, keepdim=True) / totals             # now every prototype has the same total, over all ranks
+            us = [1 / (kernel @ v) for kernel, v in zip(kernels, vs)]                        # now every tube's row sums to 1
+        soft = [kernel.mul_(v).mul_(u[:, None]) for kernel, v, u in zip(kernels, vs, us)]
+    return soft[0] if isinstance(scores, torch.Tensor) else soft
+
+
+def symmetric_loss(video_scores, target_scores, video_assignment, target_assignment, temperature=0.1):
+    """Each branch predicts the other's prototype (paper eq. 5): cross-entropy both ways, means over tubes.
+
+    Scores (N, K) are cosines to the prototypes, assignments (N,) the index of each tube's prototype, temperature > 0.
+    Returns the loss and its two terms {"target_term", "video_term"}, detached, each about ln K at the start.
+    """
+    target_term = F.cross_entropy(target_scores / temperature, video_assignment)   # trains the projector and prototypes
+    video_term = F.cross_entropy(video_scores / temperature, target_assignment)               # trains the video model
+    return target_term + video_term, {"target_term": target_term.detach(), "video_term": video_term.detach()}
+
+
+def usage(assignment, k):
+    """How many of k prototypes the assignment (N,) uses, and the entropy of that use (at most ln k); two 0-d tensors."""
+    one = torch.full((len(assignment),), 1 / len(assignment), device=assignment.device)
+    share = one.new_zeros(k).index_add_(0, assignment, one)
+    return (share > 0).sum(), -torch.special.xlogy(share, share).sum()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SIGMA
+# ---------------------------------------------------------------------------------------------------------------------
+
+class SIGMA(nn.Module):
+    """The two networks, the prototypes between them, and the loss.
+
+    target, what the projection network sees: "mlp" (the hidden tubes' pixels, through a trained MLP), "dino" (features
+    that come from outside, `target_dim` wide, no trained projector) or "pixel" (VideoMAE: regress the pixels, no
+    prototypes). eps, iters: Sinkhorn's. temperature: of the cross-entropies. Initialisation as published.
+    """
+
+    def __init__(self, *, dim, depth, heads, decoder_dim, decoder_depth, decoder_heads, tube=(2, 16, 16), target="mlp",
+                 target_dim=256, prototypes=3000, eps=0.05, iters=10, temperature=0.1,
+                 projector_widths=(1024, 1024, 512)):
+        super().__init__()
+        if target not in ("mlp", "dino", "pixel"):
+            raise ValueError(f'target must be "mlp", "dino" or "pixel", found "{target}"')
+        self.target, self.eps, self.iters, self.temperature = target, eps, iters, temperature
+        pixels = 3 * math.prod(tube)                                                     # P: 1536 for tubes of 2 x 16 x 16
+        out = pixels if target == "pixel" else target_dim
+        self.encoder = Encoder(dim=dim, depth=depth, heads=heads, tube=tube)
+        self.encoder_to_decoder = nn.Linear(dim, decoder_dim, bias=False)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        self.decoder = Decoder(dim=decoder_dim, depth=decoder_depth, heads=decoder_heads, out=out)
+        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
+        if target == "mlp":
+            self.projector = projector(pixels, target_dim, projector_widths)
+        if target != "pixel":
+            self.prototypes = nn.Parameter(torch.randn(prototypes, target_dim))
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None, None], persistent=False)
+
+    def forward(self, video, mask, features=None):
+        """One pretraining step's loss.
+
+        video (B, 3, T, H, W), normalised with ImageNet's mean and deviation; mask (B, N) bool, True where hidden, best
+        on the CPU (see split_mask); features (B, N, E), only for target "dino": the raw features of all tubes.
+        Returns the loss and a dict of detached tensors: the loss's terms, and for the targets with prototypes log_k,
+        prototypes_used and entropy (of the video branch's assignment) and both assignments (B*M,). Ranks' losses
+        average to the loss of the whole batch; prototypes_used and entropy are this rank's.
+        """
+        visible, hidden = split_mask(mask, video.device)                                 # 1. hide most of the tubes: B V, B M
+        predicted = self.predict(video, mask, visible, hidden)                           # 2. the video model's guess:   B M E
+        target = self.embed(video, hidden, features)                                     # 3. the projection network:    B M E
+        if self.target == "pixel":
+            loss = F.mse_loss(at_least_fp32(predicted), target)
+            return loss, {"pixel_term": loss.detach()}
+        video_scores, target_scores = self.compare(predicted, target)                    # 4. cosines to prototypes: B*M K each
+        video_assignment, target_assignment = [soft.argmax(dim=1) for soft in            # 5. balanced assignments:  B*M each
+                                               sinkhorn([video_scores, target_scores], self.eps, self.iters)]
+        loss, stats = symmetric_loss(video_scores, target_scores, video_assignment,      # 6. each predicts the other's
+                                     target_assignment, self.temperature)
+        used, entropy = usage(video_assignment, len(self.prototypes))
+        return loss, stats | {"log_k": torch.full_like(entropy, math.log(len(self.prototypes))), "prototypes_used": used,
+                              "entropy": entropy, "video_assignment": video_assignment,
+                              "target_assignment": target_assignment}
+
+    def predict(self, video, mask, visible, hidden):
+        """The video model: features predicted for the hidden tubes from the visible ones, (B, M, E)."""
+        tokens = self.encoder_to_decoder(self.encoder(video, mask))                                              # B V D'
+        place = self.decoder.position(mask.shape[1])                                                               # N D'
+        tokens = torch.cat([tokens + place[visible], self.mask_token + place[hidden]], dim=1)                    # B N D'
+        return self.decoder(tokens, hidden.shape[1])                                                              # B M E
+
+    def embed(self, video, hidden, features=None):
+        """The projection network: the true content of the tubes at hidden (B, M) as features, (B, M, E)."""
+        if self.target == "dino":
+            n, dim = math.prod(video.shape[2:]) // math.prod(self.encoder.tube), self.prototypes.shape[1]
+            if features is None or features.shape != (len(video), n, dim):
+                raise ValueError(f'target "dino" needs features of all tubes, shape {(len(video), n, dim)}, '
+                                 f"found {None if features is None else tuple(features.shape)}")
+            features = standardise(at_least_fp32(features.detach()), dim=1)              # per clip and channel: B N E
+            return features.take_along_dim(hidden[..., None], dim=1)                                              # B M E
+        pixels = at_least_fp32(take_tubes(video, self.encoder.tube, hidden)) * self.std + self.mean       # B M 3 p q r
+        pixels = rearrange(pixels, "b m c p q r -> b m (p q r) c")                                        # RGB in [0, 1]
+        pixels = standardise(pixels, dim=2).flatten(2)                           # per tube and channel: B M P, P = p q r c
+        return pixels if self.target == "pixel" else self.projector(pixels)
+
+    def compare(self, predicted, target):
+        """Cosines of both branches' features (B, M, E) to the prototypes, (B*M, K) each, float32 or better."""
+        with torch.no_grad():                                        # unit length by rescaling, not by a step of the graph
+            self.prototypes.copy_(F.normalize(self.prototypes, dim=1))
+        with torch.autocast(predicted.device.type, enabled=False):    # in bf16 more than 1% of the assignments would change
+            predicted, target = (F.normalize(at_least_fp32(x).flatten(0, 1), dim=1) for x in (predicted, target))
+            # Detached: the prototypes learn from the projection network's side alone, else both sides drift together.
+            return predicted @ self.prototypes.detach().T, target @ self.prototypes.T
+
+
+SIZES = {
+    #             encoder: width, blocks, heads    decoder: width, blocks, heads
+    "tiny":  dict(dim=128, depth=4, heads=4, decoder_dim=64, decoder_depth=2, decoder_heads=2, tube=(4, 8, 8),
+                  prototypes=64, target_dim=64, projector_widths=(256,)),                # not in the paper: the toy set's
+    "small": dict(dim=384, depth=12, heads=6, decoder_dim=192, decoder_depth=4, decoder_heads=3),
+    "base":  dict(dim=768, depth=12, heads=12, decoder_dim=384, decoder_depth=4, decoder_heads=6),
+    "large": dict(dim=1024, depth=24, heads=16, decoder_dim=512, decoder_depth=4, decoder_heads=8),
+    "huge":  dict(dim=1280, depth=32, heads=16, decoder_dim=640, decoder_depth=4, decoder_heads=8),
+}
+
+
+def build_model(size="base", **changes):
+    """SIGMA of a size in SIZES; keyword arguments of SIGMA overrule the table, as in build_model("small", tube=...)."""
+    if size not in SIZES:
+        raise ValueError(f"size must be one of {', '.join(SIZES)}, found {size}")
+    return SIGMA(**SIZES[size] | changes)
+
+
+def training_flops(model, grid, hidden):
+    """Arithmetic of one clip's forward and backward pass in its matrix products, two operations a multiply-add.
+
+    grid: the clip's (t, h, w) in tubes; hidden: M. What a method must compute and no more: no recomputation, no gradient
+    of the clip, no gradient of prototypes from the video's scores. Sinkhorn, norms and softmax are left out (under 2%).
+    """
+    n = math.prod(grid)
+
+    def linear(module, tokens):
+        return tokens * sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
+
+    def attention(blocks, tokens):
+        return sum(2 * tokens ** 2 * block.attn.proj.in_features for block in blocks)
+
+    visible = n - hidden
+    embedding = visible * model.encoder.patch_embed.proj.weight.numel()
+    both = linear(model.encoder, visible) + attention(model.encoder.blocks, visible)
+    both += linear(model.encoder_to_decoder, visible) + linear(model.decoder.blocks, n)
+    both += attention(model.decoder.blocks, n) + linear(model.decoder.head, hidden)
+    total = 2 * embedding + 3 * both                         # forward, gradient of the weights, gradient of the input
+    if model.target == "mlp":
+        total += 3 * linear(model.projector, hidden) - linear(model.projector[0], hidden)
+    if model.target != "pixel":                              # two products with the prototypes, and one gradient of each:
+        scores = hidden * model.prototypes.numel()           # the features' for the video, the prototypes' for the target,
+        total += (5 if model.target == "mlp" else 4) * scores           # and the target features' where a projector learns
+    return 2 * total
+
+
+def walk():
+    """One random clip through the method, step by step: what `python sigma.py` prints."""
+    torch.manual_seed(0)
+    model, grid = build_model("small"), (8, 14, 14)
+    clip = F.interpolate(torch.randn(1, 3, 16, 14, 14), size=(16, 224, 224), mode="trilinear")        # smooth: not noise
+    mask = tube_mask(1, grid)
+
+    def say(step, x, fact):
+        print(f"{step:34}{str(tuple(x.shape)):22}{fact}")
+
+    with torch.no_grad():
+        say("clip", clip, f"{clip.numel():,} numbers, normalised RGB")
+        say("tubes of 2 x 16 x 16", mask, f"{mask.numel()} = 8 x 14 x 14, {3 * math.prod(model.encoder.tube)} numbers each")
+        visible, hidden = split_mask(mask, clip.device)
+        say("  hidden by the tube mask", hidden, f"{hidden.numel() / mask.numel():.1%}, the same places in all 8 slices")
+        tokens = model.encoder(clip, mask)
+        say("1 encoder: visible tubes only", tokens, f"{sum(p.numel() for p in model.encoder.parameters()):,} parameters")
+        predicted = model.predict(clip, mask, visible, hidden)
+        say("2 decoder: predicted features", predicted, f"{sum(p.numel() for p in model.decoder.parameters()):,} parameters")
+        target = model.embed(clip, hidden)
+        say("3 projection of the true pixels", target, f"{sum(p.numel() for p in model.projector.parameters()):,} parameters")
+        scores = model.compare(predicted, target)
+        say("4 cosines, video to prototypes", scores[0], f"from {scores[0].min():+.2f} to {scores[0].max():+.2f}")
+        say("  cosines, target to prototypes", scores[1], f"from {scores[1].min():+.2f} to {scores[1].max():+.2f}")
+        soft = sinkhorn(list(scores))
+        before = (scores[1] / 0.05).softmax(dim=1).sum(dim=0)
+        after = soft[1].sum(dim=0)
+        share = scores[1].shape[0] / scores[1].shape[1]
+        say("5 Sinkhorn: balanced assignment", soft[1], f"a prototype's total: {share:.2f}, within "
+            f"{(after / share - 1).abs().max():.1%} (plain softmax: {(before / share - 1).abs().max():.0%})")
+        hard = [s.argmax(dim=1) for s in soft]
+        say("  hard: its argmax", hard[1], f"{len(hard[1].unique())} of {len(model.prototypes)} prototypes in use")
+        loss, terms = symmetric_loss(*scores, *hard)
+        say("6 each predicts the other's", loss, f"{terms['target_term']:.3f} + {terms['video_term']:.3f} = {loss:.3f}, "
+            f"chance is 2 ln K = {2 * math.log(len(model.prototypes)):.3f}")
+
+
+if __name__ == "__main__":
+    walk()

@@ -1,0 +1,543 @@
+"""What each part of SIGMA must do, as short tests: `python -m pytest -q`. No network, no GPU, no files but their own."""
+import inspect
+import io
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stdout
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+import torch.nn.functional as F
+from einops import rearrange
+
+import data
+import sigma
+import train
+from data import Clips, Order, UserError, VideoError, collate, decode, find_videos, normalise, pretraining_frames
+from sigma import SIGMA, build_model, sinkhorn, split_mask, symmetric_loss, take_tubes, tube_mask
+
+HERE = Path(__file__).parent
+GRID, TUBE, SIZE = (2, 4, 4), (2, 8, 8), (4, 32, 32)                  # of the clips that the tests give to small models
+
+
+def small(target="mlp", **changes):
+    """A model that takes milliseconds, in float64 so that equal means equal."""
+    torch.manual_seed(0)
+    sizes = dict(dim=32, depth=2, heads=2, decoder_dim=16, decoder_depth=1, decoder_heads=2, tube=TUBE, target_dim=16,
+                 prototypes=20, projector_widths=(24,))
+    return SIGMA(**sizes | changes, target=target).double()
+
+
+def batch(n=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    video = torch.randn(n, 3, *SIZE, generator=generator, dtype=torch.float64)
+    return video, tube_mask(n, GRID, 0.75, generator)
+
+
+def cosines(n, k, dim=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (F.normalize(torch.randn(m, dim, generator=generator), dim=1) for m in (n, k))
+    return a @ b.T
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sigma.py: tubes and masks
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_positions_are_the_published_sinusoids_and_a_longer_table_begins_with_a_shorter_one():
+    table = sigma.positions(50, 8)
+    for p, j in ((0, 0), (0, 1), (7, 0), (7, 3), (49, 6), (49, 7)):
+        angle = p / 10000 ** (2 * (j // 2) / 8)
+        assert table[p, j] == pytest.approx(math.cos(angle) if j % 2 else math.sin(angle), abs=1e-6)
+    assert torch.equal(sigma.positions(20, 8), table[:20])
+
+
+def test_a_tube_mask_hides_the_same_number_in_each_clip_at_its_own_places_through_all_slices():
+    mask = tube_mask(6, (8, 14, 14))
+    assert mask.shape == (6, 1568) and mask.sum(dim=1).tolist() == [1408] * 6            # int(0.9 * 196) = 176 in 8 slices
+    slices = mask.view(6, 8, 196)
+    assert (slices == slices[:, :1]).all()
+    assert len({tuple(m.tolist()) for m in slices[:, 0]}) == 6
+    again = [tube_mask(2, GRID, generator=torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert torch.equal(*again)
+    with pytest.raises(ValueError, match="leave some"):
+        tube_mask(1, (8, 14, 14), 1.0)
+
+
+def test_tubes_put_back_together_give_the_clip():
+    video, _ = batch()
+    t, h, w = GRID
+    tubes = take_tubes(video, TUBE)
+    back = rearrange(tubes, "b (t h w) c p q r -> b c (t p) (h q) (w r)", t=t, h=h, w=w)
+    assert torch.equal(back, video)
+    index = torch.tensor([[3, 17]] * 4)
+    assert torch.equal(take_tubes(video, TUBE, index), tubes[:, [3, 17]])
+
+
+def test_pixel_targets_are_standardised_tubes_in_the_order_frame_row_column_channel():
+    video, mask = batch(1)
+    _, hidden = split_mask(mask, "cpu")
+    target = small("pixel").embed(video, hidden)
+    n = hidden[0, 5].item()
+    t, h, w = n // 16, n // 4 % 4, n % 4
+    mean, std = (torch.tensor(v).double()[:, None, None, None] for v in (sigma.IMAGENET_MEAN, sigma.IMAGENET_STD))
+    tube = (video[0] * std + mean)[:, 2 * t:2 * t + 2, 8 * h:8 * h + 8, 8 * w:8 * w + 8]         # 3 frames rows columns
+    for channel, frame, row, column in ((0, 0, 0, 0), (2, 1, 7, 3), (1, 0, 4, 5)):
+        values = tube[channel]
+        expected = (values[frame, row, column] - values.mean()) / (values.std() + 1e-6)
+        found = target[0, 5, frame * 8 * 8 * 3 + row * 8 * 3 + column * 3 + channel]
+        assert found.item() == pytest.approx(expected.item(), abs=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sigma.py: encoder
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_the_masked_encoder_equals_its_blocks_run_on_the_visible_tokens_of_the_full_embedding():
+    encoder, (video, mask) = small().encoder, batch()
+    tokens = encoder.patch_embed.proj(video).flatten(2).transpose(1, 2) + sigma.positions(32, 32)      # by convolution
+    tokens = torch.stack([clip[~m] for clip, m in zip(tokens, mask)])
+    for block in encoder.blocks:
+        tokens = block(tokens)
+    assert torch.allclose(encoder(video, mask), encoder.norm(tokens), atol=1e-12)
+    nothing_hidden = torch.zeros_like(mask)
+    assert torch.allclose(encoder(video), encoder(video, nothing_hidden), atol=1e-12)
+
+
+def test_changing_hidden_pixels_changes_no_token():
+    encoder, (video, mask) = small().encoder, batch()
+    hidden = mask.view(4, 1, *GRID).repeat_interleave(2, 2).repeat_interleave(8, 3).repeat_interleave(8, 4)
+    other = torch.where(hidden, video + 1, video)
+    assert torch.equal(encoder(video, mask), encoder(other, mask))
+    assert not torch.equal(encoder(video), encoder(other))
+
+
+@pytest.mark.parametrize("size, tokens", [((2, 16, 16), 4), ((4, 32, 48), 48), ((2, 328, 320), 1640)])
+def test_the_encoder_takes_any_size_that_the_tube_divides(size, tokens):
+    encoder = small().encoder
+    assert encoder(torch.zeros(1, 3, *size, dtype=torch.float64)).shape == (1, tokens, 32)
+
+
+def test_wrong_sizes_and_uneven_masks_stop_with_a_sentence():
+    model, (video, mask) = small(), batch()
+    with pytest.raises(ValueError, match=r"divisible by the tube \(2, 8, 8\), found \(4, 30, 32\)"):
+        model.encoder(video[..., :30, :])
+    mask[0, 0] = ~mask[0, 0]
+    with pytest.raises(ValueError, match="same number"):
+        model(video, mask)
+    with pytest.raises(ValueError, match="needs features of all tubes"):
+        small("dino")(*batch())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sigma.py: Sinkhorn
+# ---------------------------------------------------------------------------------------------------------------------
+
+def plain_sinkhorn(scores, eps, iters):
+    """The textbook iteration in float64."""
+    q = (scores.double() / eps).exp()
+    for _ in range(iters):
+        q = q / q.sum(dim=0, keepdim=True) / q.shape[1]
+        q = q / q.sum(dim=1, keepdim=True) / q.shape[0]
+    return q * q.shape[0]
+
+
+def test_sinkhorn_gives_each_tube_one_and_each_prototype_an_equal_share():
+    soft = sinkhorn(cosines(600, 40), eps=0.05, iters=50)
+    assert torch.allclose(soft.sum(dim=1), torch.ones(600), atol=1e-5)
+    assert torch.allclose(soft.sum(dim=0), torch.full((40,), 600 / 40), rtol=1e-3)
+
+
+@pytest.mark.parametrize("eps", [0.03, 0.05, 0.1])
+@pytest.mark.parametrize("iters", [1, 3, 10])
+def test_sinkhorn_equals_the_plain_iteration(eps, iters):
+    scores = cosines(700, 50)
+    plain = plain_sinkhorn(scores, eps, iters)
+    assert torch.allclose(sinkhorn(scores, eps, iters).double(), plain, rtol=1e-4, atol=1e-30)
+    assert torch.allclose(sinkhorn(scores.double(), eps, iters), plain, rtol=1e-10, atol=0)
+    assert torch.allclose(torch.stack(sinkhorn([scores, -scores], eps, iters))[0].double(), plain, rtol=1e-4, atol=1e-30)
+
+
+@pytest.mark.parametrize("scores", [cosines(300, 40), torch.eye(30) * 2 - 1, torch.ones(20, 6),
+                                    F.one_hot(torch.zeros(50, dtype=int), 8) * 2.0 - 1])      # the last: all on one prototype
+def test_sinkhorn_stays_exact_at_small_eps(scores):
+    soft = sinkhorn(scores, eps=0.005)
+    assert soft.isfinite().all() and torch.allclose(soft.double(), plain_sinkhorn(scores, 0.005, 10), atol=1e-5)
+
+
+def test_sinkhorn_works_in_float32_under_autocast_and_needs_no_gradient():
+    scores = cosines(200, 30).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        soft = sinkhorn(scores)
+    assert soft.dtype == torch.float32 and not soft.requires_grad and torch.equal(soft, sinkhorn(scores))
+    assert sinkhorn(scores.bfloat16()).dtype == torch.float32
+
+
+def test_hard_assignments_use_all_prototypes_even_where_most_scores_favour_one():
+    scores = cosines(2000, 20)
+    scores[:, 0] += 0.9                                                   # every tube's nearest prototype is the first
+    nearest, assigned = scores.argmax(dim=1), sinkhorn(scores).argmax(dim=1)
+    assert (nearest == 0).float().mean() > 0.9
+    assert assigned.bincount(minlength=20).min() > 2000 / 20 / 3
+    used, entropy = sigma.usage(assigned, 20)
+    assert used == 20 and 0.95 * math.log(20) < entropy <= math.log(20) + 1e-6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sigma.py: loss
+# ---------------------------------------------------------------------------------------------------------------------
+
+def gradients(model, video, mask, features=None):
+    """The parameters that get a gradient from each term of the loss: {"target_term": names, "video_term": names}."""
+    visible, hidden = split_mask(mask, "cpu")
+    scores = model.compare(model.predict(video, mask, visible, hidden), model.embed(video, hidden, features))
+    hard = [soft.argmax(dim=1) for soft in sinkhorn(list(scores))]
+    names, parameters = zip(*model.named_parameters())
+    terms = {"target_term": F.cross_entropy(scores[1] / 0.1, hard[0]), "video_term": F.cross_entropy(scores[0] / 0.1, hard[1])}
+    return {term: {n for n, g in zip(names, torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True))
+                   if g is not None and g.abs().max() > 0} for term, loss in terms.items()}
+
+
+def test_the_target_term_trains_projector_and_prototypes_and_the_video_term_the_video_model_alone():
+    model = small()
+    found = gradients(model, *batch())
+    names = {name for name, _ in model.named_parameters()}
+    projection = {name for name in names if name.startswith("projector") or name == "prototypes"}
+    assert found["target_term"] == projection
+    assert found["video_term"] == names - projection
+
+
+def test_with_features_from_outside_the_target_term_trains_the_prototypes_alone():
+    features = torch.randn(4, 32, 16, dtype=torch.float64, requires_grad=True)
+    found = gradients(small("dino"), *batch(), features)
+    assert found["target_term"] == {"prototypes"}
+
+
+def test_outside_features_are_standardised_per_clip_and_channel_over_all_tubes():
+    model, (video, mask) = small("dino"), batch()
+    features = torch.randn(4, 32, 16, dtype=torch.float64)
+    loss, _ = model(video, mask, features)
+    shifted, _ = model(video, mask, features * torch.rand(4, 1, 16).double().add(1) + torch.randn(4, 1, 16))
+    assert loss.item() == pytest.approx(shifted.item(), rel=1e-5)
+    hidden = split_mask(mask, "cpu")[1]
+    expected = (features - features.mean(1, keepdim=True)) / (features.var(1, keepdim=True).sqrt() + 1e-6)
+    assert torch.allclose(model.embed(video, hidden, features)[2], expected[2][mask[2]])
+
+
+def test_the_loss_is_two_cross_entropies_of_the_hard_assignments():
+    model, (video, mask) = small(), batch()
+    loss, stats = model(video, mask)
+    visible, hidden = split_mask(mask, "cpu")
+    scores = model.compare(model.predict(video, mask, visible, hidden), model.embed(video, hidden))
+    video_hard, target_hard = (plain_sinkhorn(s, 0.05, 10).argmax(dim=1) for s in scores)
+    assert torch.equal(stats["video_assignment"], video_hard) and torch.equal(stats["target_assignment"], target_hard)
+    rows = torch.arange(len(video_hard))
+    by_hand = -((scores[1] / 0.1).log_softmax(1)[rows, video_hard] + (scores[0] / 0.1).log_softmax(1)[rows, target_hard]).mean()
+    assert loss.item() == pytest.approx(by_hand.item(), rel=1e-12)
+    assert loss.item() == pytest.approx((stats["target_term"] + stats["video_term"]).item(), rel=1e-12)
+    assert not any(value.requires_grad for value in stats.values())
+
+
+def test_the_loss_starts_near_two_ln_k():
+    torch.manual_seed(0)
+    model = build_model("small", tube=TUBE, prototypes=500)
+    loss, stats = model(torch.randn(4, 3, 16, 64, 64), tube_mask(4, (8, 8, 8)))
+    assert stats["log_k"].item() == pytest.approx(math.log(500), rel=1e-6)
+    for term in ("target_term", "video_term"):
+        assert stats[term].item() == pytest.approx(math.log(500), rel=0.1)
+
+
+def test_prototypes_are_made_unit_length_in_place_and_their_gradient_is_that_of_the_scores():
+    model, (video, mask) = small(), batch()
+    assert model.prototypes.norm(dim=1).max() > 2
+    model(video, mask)[0].backward()
+    assert torch.allclose(model.prototypes.norm(dim=1), torch.ones(20, dtype=torch.float64))
+    radial = (model.prototypes.grad * model.prototypes).sum(dim=1)         # a graph through the rescaling would have none
+    assert radial.abs().max() > 1e-4
+
+
+def test_the_pixel_target_is_the_mean_squared_error_of_standardised_pixels():
+    model, (video, mask) = small("pixel"), batch()
+    visible, hidden = split_mask(mask, "cpu")
+    difference = model.predict(video, mask, visible, hidden) - model.embed(video, hidden)
+    assert model(video, mask)[0].item() == pytest.approx(difference.square().mean().item(), rel=1e-12)
+    assert not hasattr(model, "prototypes") and not hasattr(model, "projector")
+
+
+def test_parameters_have_the_published_names_and_shapes():
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in build_model("base").state_dict().items()}
+    block = {"norm1.weight": (768,), "norm1.bias": (768,), "attn.q_bias": (768,), "attn.v_bias": (768,),
+             "attn.qkv.weight": (2304, 768), "attn.proj.weight": (768, 768), "attn.proj.bias": (768,),
+             "norm2.weight": (768,), "norm2.bias": (768,), "mlp.fc1.weight": (3072, 768), "mlp.fc1.bias": (3072,),
+             "mlp.fc2.weight": (768, 3072), "mlp.fc2.bias": (768,)}
+    published = {"mask_token": (1, 1, 384), "prototypes": (3000, 256), "encoder_to_decoder.weight": (384, 768),
+                 "encoder.patch_embed.proj.weight": (768, 3, 2, 16, 16), "encoder.patch_embed.proj.bias": (768,),
+                 "encoder.norm.weight": (768,), "encoder.norm.bias": (768,), "decoder.norm.weight": (384,),
+                 "decoder.norm.bias": (384,), "decoder.head.weight": (256, 384), "decoder.head.bias": (256,)}
+    published |= {f"encoder.blocks.{n}.{name}": shape for n in range(12) for name, shape in block.items()}
+    published |= {f"decoder.blocks.{n}.{name}": tuple(s // 2 for s in shape) for n in range(4) for name, shape in block.items()}
+    widths = (1536, 1024, 1024, 512, 256)
+    for n, (i, o) in enumerate(zip(widths, widths[1:])):                    # there called head.0, head.2, head.4, head.6
+        published |= {f"projector.{2 * n}.weight": (o, i), f"projector.{2 * n}.bias": (o,)}
+    assert shapes == published
+
+
+def test_the_counted_arithmetic_is_what_the_profiler_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+    for target in ("mlp", "pixel"):
+        torch.manual_seed(0)
+        model = build_model("tiny", target=target)
+        video, mask = torch.randn(2, 3, 8, 32, 32), tube_mask(2, (2, 4, 4), 0.75)
+        with FlopCounterMode(display=False) as counter:
+            model(video, mask)[0].backward()
+        assert 2 * sigma.training_flops(model, (2, 4, 4), 24) == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def test_the_free_functions_can_be_copied_with_one_import_line():
+    for function, imports, call in ((tube_mask, "import torch", "tube_mask(2, (2, 4, 4))"),
+                                    (sinkhorn, "import torch, torch.distributed as dist", "sinkhorn(torch.rand(9, 4))"),
+                                    (symmetric_loss, "import torch, torch.nn.functional as F",
+                                     "symmetric_loss(*torch.rand(2, 9, 4), *torch.randint(4, (2, 9)))")):
+        source = inspect.getsource(function)
+        assert exec(f"{imports}\n{source}\n{call}", {}) is None
+
+
+def test_the_encoder_can_be_copied_with_the_parts_above_it():
+    parts = [sigma.positions, sigma.split_mask, sigma.take_tubes, sigma.Attention, sigma.MLP, sigma.Block, sigma.TubeEmbedding,
+             sigma.init_linear, sigma.PositionTable, sigma.Encoder]
+    imports = "import torch\nimport torch.nn.functional as F\nfrom einops import rearrange\nfrom torch import nn\n"
+    space = {}
+    exec(imports + "\n".join(map(inspect.getsource, parts)), space)
+    assert space["Encoder"](dim=32, depth=1, heads=2)(torch.zeros(1, 3, 2, 32, 32)).shape == (1, 4, 32)
+
+
+def test_the_walk_prints_a_dozen_lines():
+    with redirect_stdout(io.StringIO()) as text:
+        sigma.walk()
+    assert 10 <= len(text.getvalue().splitlines()) <= 14 and "(1408, 3000)" in text.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py: decoding. Each test frame carries its own number as eight black or white squares.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def numbered_frame(number, height=48, width=64):
+    frame = torch.full((height, width, 3), 90, dtype=torch.uint8)
+    for bit in range(8):
+        top, left = 8 + 16 * (bit // 4), 16 * (bit % 4)
+        frame[top:top + 16, left:left + 16] = 255 * (number >> bit & 1)
+    return frame
+
+
+def read_number(frame):
+    """The number in a frame (3, H, W)."""
+    return sum((frame[:, 16 + 16 * (bit // 4), 8 + 16 * (bit % 4)].float().mean().item() > 128) << bit for bit in range(8))
+
+
+def write_numbered(path, codec="libx264", count=100, rate=25, pts=None, **options):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, options=options)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        stream.codec_context.thread_count = 1
+        if pts:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for i in range(count):
+            frame = av.VideoFrame.from_ndarray(numbered_frame(i).numpy(), format="rgb24")
+            if pts:
+                frame.pts, frame.time_base = pts[i], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return str(path)
+
+
+FORMATS = {"h264 with B-frames, one key frame": ("v.mp4", "libx264", dict(bf="3", g="250")),
+           "h264 with B-frames, open groups": ("v.mp4", "libx264", {"bf": "3", "g": "12", "x264-params": "open-gop=1:b-pyramid=1"}),
+           "h264 in matroska": ("v.mkv", "libx264", dict(bf="2", g="10")),
+           "h264 in mpeg-ts": ("v.ts", "libx264", dict(bf="2", g="10")),
+           "mpeg2 in mpeg-ts": ("v.ts", "mpeg2video", dict(bf="2", g="12", b="2M")),
+           "mpeg4 with B-frames in avi": ("v.avi", "mpeg4", dict(bf="2", g="12", b="2M")),
+           "vp9 in webm": ("v.webm", "libvpx-vp9", {"g": "30", "deadline": "realtime", "cpu-used": "8"})}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_decoding_gives_exactly_the_frames_asked_for(name, tmp_path):
+    file, codec, options = FORMATS[name]
+    path = write_numbered(tmp_path / file, codec, **options)
+    for start, stride in ((0, 1), (1, 2), (11, 4), (29, 3), (38, 4), (84, 1)):
+        wanted = [start + stride * i for i in range(16)]
+        assert [read_number(f) for f in decode(path, lambda n: wanted)] == wanted, (start, stride)
+
+
+def test_the_number_of_frames_is_known_or_nearly_so(tmp_path):
+    for name, (file, codec, options) in FORMATS.items():
+        counts = []
+        decode(write_numbered(tmp_path / file, codec, **options), lambda n: counts.append(n) or [0])
+        assert abs(counts[0] - 100) <= 1, name
+
+
+def test_frames_at_a_variable_rate_are_chosen_by_time(tmp_path):
+    gaps = [40, 40, 200, 20, 20, 40, 300, 40, 40, 40] * 4
+    pts = [sum(gaps[:i]) for i in range(len(gaps))]
+    path = write_numbered(tmp_path / "v.mp4", count=len(pts), pts=pts, bf="2", g="8")
+    with av.open(path) as container:
+        step = float(1000 / container.streams.video[0].average_rate)
+        shown = [round(float(frame.time) * 1000) for frame in container.decode(video=0)]
+    wanted = [3 + 2 * i for i in range(14)]
+    expected = [max(i for i, t in enumerate(shown) if t - shown[0] <= index * step + 0.1) for index in wanted]
+    assert [read_number(f) for f in decode(path, lambda n: wanted)] == expected
+    assert expected != wanted
+
+
+def test_the_last_frame_is_held_where_a_video_ends_before_the_clip(tmp_path):
+    path = write_numbered(tmp_path / "v.mp4", count=10)
+    assert [read_number(f) for f in decode(path, lambda n: [4, 8, 12, 16])] == [4, 8, 9, 9]
+    path = write_numbered(tmp_path / "one.mp4", count=1)
+    assert [read_number(f) for f in decode(path, lambda n: pretraining_frames(n, 4, 4))] == [0] * 4
+
+
+def damaged_files(folder):
+    """Files that can't be read, each with a word of the reason that is expected."""
+    good = Path(write_numbered(folder / "good.mp4", bf="2", g="12")).read_bytes()
+    media = good.index(b"mdat") + 8
+    noise = bytes((i * 7919 + i // 251) % 256 for i in range(len(good)))
+    for name, content, word in (("empty.mp4", b"", "Invalid data"), ("text.mp4", b"hello, I am a text file", "Invalid data"),
+                                ("noise.mp4", noise[:4096], "Invalid data"), ("cut.mp4", good[:len(good) // 2], "Invalid data"),
+                                ("scrambled.mp4", good[:media] + noise[media:len(good) * 3 // 4] + good[len(good) * 3 // 4:], "")):
+        (folder / name).write_bytes(content)
+        yield folder / name, word
+    with av.open(str(folder / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        stream.layout = "mono"
+        frame = av.AudioFrame(format="fltp", layout="mono", samples=1024)
+        frame.rate, frame.pts = 8000, 0
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    yield folder / "sound.mp4", "no video stream"
+    yield folder / "missing.mp4", "No such file"
+
+
+def test_damaged_files_end_in_a_sentence_that_gives_the_reason(tmp_path):
+    for path, word in damaged_files(tmp_path):
+        with pytest.raises(VideoError, match=word):
+            decode(str(path), lambda n: pretraining_frames(n, 16, 4))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py: clips
+# ---------------------------------------------------------------------------------------------------------------------
+
+def clips_of(folder, **changes):
+    return Clips(find_videos(folder), **dict(frames=4, stride=2, size=32, tube=TUBE, ratio=0.75) | changes)
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """A folder with a small toy set in data/toy, where train.py looks for it."""
+    folder = tmp_path_factory.mktemp("work")
+    data.make_toy(folder / "data" / "toy", train=64, val=32)
+    return folder
+
+
+def test_pretraining_frames_start_anywhere_and_stay_inside():
+    generator = torch.Generator().manual_seed(0)
+    starts = {tuple(pretraining_frames(70, 16, 4, generator)) for _ in range(300)}
+    assert {clip[0] for clip in starts} == set(range(7))                                  # 0 to 70 - 64, both included
+    assert all(b - a == 4 for clip in starts for a, b in zip(clip, clip[1:]))
+    assert pretraining_frames(30, 16, 4) == [0, 4, 8, 12, 16, 20, 24, 28] + [29] * 8
+
+
+def test_the_corner_crop_has_ten_shapes_and_thirteen_places():
+    generator = torch.Generator().manual_seed(0)
+    boxes = {data.corner_crop(240, 320, generator) for _ in range(4000)}
+    shapes = {(h, w) for _, _, h, w in boxes}
+    sides = [240, 210, 180, 158]
+    assert shapes == {(a, b) for i, a in enumerate(sides) for j, b in enumerate(sides) if abs(i - j) <= 1}
+    places = {(top, left) for top, left, h, w in boxes if (h, w) == (180, 180)}
+    assert len(places) == 13 and {(0, 0), (60, 140), (30, 70), (15, 35), (45, 105), (0, 70)} <= places
+    assert all(top >= 0 and left >= 0 and top + h <= 240 and left + w <= 320 for top, left, h, w in boxes)
+
+
+def test_the_same_key_gives_the_same_clip_in_any_worker_and_another_epoch_another_one(tmp_path):
+    for i in range(4):
+        write_numbered(tmp_path / f"{i}.mp4", count=60)
+    clips = clips_of(tmp_path)
+    keys = [(0, 2), (1, 2), (0, 0), (0, 1)]
+    alone, shared = (next(iter(data.loader(clips, 4, keys, workers))) for workers in (0, 2))
+    assert torch.equal(alone[0], shared[0]) and torch.equal(alone[1], shared[1])
+    assert not torch.equal(alone[0][0], alone[0][1]) and not torch.equal(alone[1][0], alone[1][1])
+    assert alone[0].shape == (4, 3, 4, 32, 32) and alone[0].dtype == torch.uint8
+
+
+def test_normalise_takes_imagenet_mean_and_deviation_out():
+    white = normalise(torch.full((1, 3, 2, 4, 4), 255, dtype=torch.uint8), "cpu")
+    assert white[0, :, 0, 0, 0].tolist() == pytest.approx([(1 - m) / s for m, s in zip(sigma.IMAGENET_MEAN, sigma.IMAGENET_STD)])
+
+
+def test_an_unreadable_video_is_replaced_and_named(tmp_path):
+    write_numbered(tmp_path / "a.mp4")
+    (tmp_path / "b.mp4").write_bytes(b"")
+    clips = clips_of(tmp_path)
+    video, _, _, index, bad = clips[0, 1]
+    assert index == 0 and video.float().std() > 0
+    assert {path for path, _ in bad} == {str(tmp_path / "b.mp4")} and "Invalid data" in bad[0][1]
+    assert clips[0, 0][4] == []
+
+
+def test_an_epoch_has_each_clip_once_over_all_ranks_and_can_begin_in_the_middle():
+    orders = [Order(50, batch=4, rank=rank, world=2, seed=5) for rank in range(2)]
+    keys = [list(order) for order in orders]
+    assert [len(k) for k in keys] == [24, 24] and len(set(keys[0] + keys[1])) == 48          # 50 = 6 steps of 8, and 2 dropped
+    orders[0].start = 4
+    assert list(orders[0]) == keys[0][16:]
+    orders[0].epoch, orders[0].start = 1, 0
+    assert [i for _, i in orders[0]] != [i for _, i in keys[0]]
+
+
+def test_videos_are_found_in_class_folders_flat_folders_and_lists(tmp_path):
+    for name in ("wave/a b.mp4", "wave/c.webm", "clap/deep/d.avi", "clap/notes.txt"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).touch()
+    found = find_videos(tmp_path / "set")
+    assert [Path(p).name for p in found.paths] == ["d.avi", "a b.mp4", "c.webm"] and found.labels == [0, 1, 1]
+    assert found.classes == 2 and "notes.txt: not a video" in found.passed_over[0]
+    flat = find_videos(tmp_path / "set" / "wave")
+    assert flat.labels == [-1, -1] and flat.classes == 0
+    (tmp_path / "list.csv").write_text("set/wave/a b.mp4 7\n\nset/wave/c.webm\ngone.mp4 1\n" + f"{tmp_path}/set/clap/deep/d.avi 0\n")
+    found = find_videos(tmp_path / "list.csv")
+    assert [Path(p).name for p in found.paths] == ["a b.mp4", "c.webm", "d.avi"] and found.labels == [7, -1, 0]
+    assert len(found.passed_over) == 1 and 'line 4, "gone.mp4 1"' in found.passed_over[0]
+    with pytest.raises(UserError, match="found nothing at"):
+        find_videos(tmp_path / "nowhere")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="expected videos in .*, found none"):
+        find_videos(tmp_path / "none")
+
+
+def test_the_toy_set_is_the_same_for_the_same_seed_and_read_as_any_other_video(toy, tmp_path):
+    data.make_toy(tmp_path / "toy", train=64, val=32)
+    for split, number in (("train", 64), ("val", 32)):
+        found, again = find_videos(toy / "data" / "toy", split), find_videos(tmp_path / "toy", split)
+        assert len(found.paths) == number and found.classes == 8
+        assert all(Path(a).read_bytes() == Path(b).read_bytes() for a, b in zip(found.paths, again.paths))
+    assert decode(found.paths[0], range).shape == (8, 3, 32, 32)
+
+
+def test_no_single_frame_of_a_toy_clip_tells_its_class():
+    labels = torch.arange(3000) % 8
+    clips = data.toy_clips(labels, torch.Generator().manual_seed(0)).float()
+    for t in (0, 7):
+        pixels = F.avg_pool2d(clips[:, t].permute(0, 3, 1, 2), 4).flatten(1)
+        accuracy = train.linear_probe(pixels[:2000], labels[:2000], pixels[2000:], labels[2000:])
+        assert accuracy < 0.125 + 4 * math.sqrt(0.125 * 0.875 / 1000)
