@@ -414,13 +414,13 @@ def damaged_files(folder):
     noise = bytes((i * 7919 + i // 251) % 256 for i in range(len(good)))
     for name, content, word in (("empty.mp4", b"", "Invalid data"), ("text.mp4", b"hello, I am a text file", "Invalid data"),
                                 ("noise.mp4", noise[:4096], "Invalid data"), ("cut.mp4", good[:len(good) // 2], "Invalid data"),
-                                ("scrambled.mp4", good[:media] + noise[media:len(good) * 3 // 4] + good[len(good) * 3 // 4:], "")):
+                                ("scrambled.mp4", good[:media] + noise[media:len(good) * 3 // 4] + good[len(good) * 3 // 4:], "can't be read")):
         (folder / name).write_bytes(content)
         yield folder / name, word
     with av.open(str(folder / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=8000)
         stream.layout = "mono"
-        frame = av.AudioFrame(format="fltp", layout="mono", samples=1024)
+        frame = av.AudioFrame.from_ndarray(torch.zeros(1, 1024).numpy(), format="fltp", layout="mono")
         frame.rate, frame.pts = 8000, 0
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
@@ -541,3 +541,204 @@ def test_no_single_frame_of_a_toy_clip_tells_its_class():
         pixels = F.avg_pool2d(clips[:, t].permute(0, 3, 1, 2), 4).flatten(1)
         accuracy = train.linear_probe(pixels[:2000], labels[:2000], pixels[2000:], labels[2000:])
         assert accuracy < 0.125 + 4 * math.sqrt(0.125 * 0.875 / 1000)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+def run(folder, *arguments):
+    """train.py in a process of its own, within a folder."""
+    return subprocess.run([sys.executable, str(HERE / "train.py"), *arguments], cwd=folder, capture_output=True, text=True)
+
+
+@pytest.fixture
+def here(toy, monkeypatch):
+    """The folder with the small toy set as the working directory; runs go to its sub-folders."""
+    monkeypatch.chdir(toy)
+    return toy
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_loss_falls_in_twenty_steps(here):
+    assert train.main(["--epochs", "20", "--batch-size", "64", "--out", "falls", "--max-steps", "20"]) == 0
+    first, last = log_of("falls")
+    assert last["step"] == 20 and last["loss"] < first["loss"] - 0.5
+    assert {"target_term", "video_term", "log_k", "prototypes_used", "entropy", "grad_norm", "lr", "clips_per_second",
+            "data_wait"} <= set(last)
+
+
+def test_ten_steps_equal_five_a_stop_a_resume_and_five_bit_for_bit(here):
+    common = ["--epochs", "5", "--batch-size", "16", "--accum", "2", "--seed", "3"]                  # 2 steps an epoch
+    assert train.main([*common, "--out", "ten"]) == 0
+    assert train.main([*common, "--out", "five", "--max-steps", "5"]) == 0
+    assert train.main(["--resume", "five"]) == 0
+    ten, five = (torch.load(f"{name}/last.pt", weights_only=True) for name in ("ten", "five"))
+    assert ten["step"] == five["step"] == 10 and ten["epoch"] == 5
+    assert all(torch.equal(ten["model"][name], five["model"][name]) for name in ten["model"])
+    for a, b in zip(ten["optimizer"]["state"].values(), five["optimizer"]["state"].values()):
+        assert torch.equal(a["exp_avg"], b["exp_avg"]) and torch.equal(a["exp_avg_sq"], b["exp_avg_sq"])
+
+
+def test_a_finished_run_leaves_results_and_pictures(here, capsys):
+    assert train.main(["--epochs", "1", "--batch-size", "32", "--out", "finished"]) == 0
+    results = json.loads(Path("finished/results.json").read_text())
+    assert {"linear_probe", "knn"} == set(results["untrained"]) == set(results["trained"])
+    assert all(Path("finished", name).stat().st_size > 500 for name in ("last.pt", "masks.png", "prototypes.png"))
+    shown = capsys.readouterr().out
+    for text in ("64 clips in toy, 8 classes", "1 processes x 32 clips", "2 steps", "prototypes", "linear probe", "prototypes.png"):
+        assert text in shown
+
+
+def test_sigterm_saves_and_ends_cleanly(here):
+    process = subprocess.Popen([sys.executable, str(HERE / "train.py"), "--epochs", "100000", "--out", "stopped"],
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    while not Path("stopped/log.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "go on with --resume stopped" in text
+    assert torch.load("stopped/last.pt", weights_only=True)["step"] >= 10
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(here, capsys):
+    common = ["--epochs", "50", "--batch-size", "32", "--out", "nan"]
+    assert train.main([*common, "--max-steps", "2"]) == 0
+    good = Path("nan/last.pt").read_bytes()
+    checkpoint = torch.load("nan/last.pt", weights_only=True)
+    checkpoint["model"]["encoder.norm.bias"][0] = math.nan
+    torch.save(checkpoint, "poisoned.pt")
+    assert train.main(["--resume", "poisoned.pt", "--out", "nan"]) == 1
+    assert re.search(r"error: expected a finite loss .* at step 3", capsys.readouterr().err)
+    assert Path("nan/last.pt").read_bytes() == good
+
+
+def test_a_full_disk_leaves_the_checkpoint_that_was_there(tmp_path):
+    path = tmp_path / "last.pt"
+    path.write_bytes(b"old")
+
+    def half(file):
+        file.write(b"new")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(train.RunError, match="No space left"):
+        train.write_whole(path, half)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
+    rate = [train.learning_rate(step, 100, 10, 1.0, 0.1) for step in range(100)]
+    assert rate[0] == 0 and rate[9] == rate[10] == 1 and rate[55] == pytest.approx(0.55) and rate[-1] == pytest.approx(0.1, abs=1e-3)
+    assert rate[3] == pytest.approx(3 / 9) and all(a >= b for a, b in zip(rate[10:], rate[11:]))
+
+
+def test_weight_decay_spares_biases_norms_and_other_vectors():
+    model = build_model("tiny")
+    decayed, spared = train.make_optimizer(model).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.05 and spared["weight_decay"] == 0
+    assert all(re.search("bias|norm", names[id(p)]) for p in spared["params"])
+    assert not any(re.search("bias|norm", names[id(p)]) for p in decayed["params"])
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_autocast_trains_too(here, amp):
+    assert train.main(["--amp", amp, "--epochs", "2", "--batch-size", "32", "--max-steps", "2", "--out", f"amp-{amp}"]) == 0
+
+
+def test_wrong_usage_ends_in_one_sentence_and_code_2(here, capsys):
+    Path("junk.pt").write_bytes(b"junk")
+    Path("bad.csv").write_text("nothing.mp4 0\n")
+    assert train.main(["--epochs", "1", "--batch-size", "32", "--max-steps", "1", "--out", "taken"]) == 0
+    for arguments, message in (
+            (["--data", "nowhere"], "found nothing at nowhere"),
+            (["--data", "bad.csv"], 'line 1, "nothing.mp4 0"'),
+            (["--resume", "nowhere"], "expected a checkpoint, found no file nowhere"),
+            (["--init", "junk.pt"], "expected a checkpoint of train.py in junk.pt, found something else"),
+            (["--init", "taken/last.pt", "--target", "pixel", "--out", "x"], "names differ"),
+            (["--resume", "taken", "--epochs", "9"], "run's own --epochs 1, found 9"),
+            (["--resume", "taken", "--batch-size", "8"], "global batch of 32 clips, found 1 processes x 8 x 1 = 8"),
+            (["--out", "taken"], "found a checkpoint in taken"),
+            (["--batch-size", "65"], "at least one global batch of 65 clips, found 64"),
+            (["--size", "30"], "divisible by the tube (4, 8, 8), found 8 and 30")):
+        assert train.main(arguments) == 2, arguments
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ") and message in error, error
+    for arguments in (["--epochs", "0"], ["--amp", "int8"], ["--model", "giant"], ["--bogus"], ["--lr", "nan"]):
+        with pytest.raises(SystemExit) as stop:
+            train.main(arguments)
+        assert stop.value.code == 2 and "error: " in capsys.readouterr().err
+
+
+def test_too_many_unreadable_videos_end_the_run_with_their_names(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "videos").mkdir()
+    for i in range(4):
+        write_numbered(tmp_path / "videos" / f"good{i}.mp4", count=20)
+    for i in range(8):
+        (tmp_path / "videos" / f"bad{i}.mp4").write_bytes(b"")
+    arguments = ["--data", "videos", "--model", "tiny", "--batch-size", "12", "--epochs", "200", "--out", "run"]
+    assert train.main(arguments) == 1
+    captured = capsys.readouterr()
+    assert "expected at most 1% unreadable videos, found" in captured.err and "Traceback" not in captured.err
+    assert all(captured.out.count(f"bad{i}.mp4: it can't be read") == 1 for i in range(8))
+    assert Path("run/last.pt").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+def half_of_the_batch(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model, (video, mask) = small(), batch()
+    parallel = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    part = slice(2 * rank, 2 * rank + 2)
+    loss, stats = parallel(video[part], mask[part])
+    loss.backward()
+    soft = sinkhorn(cosines(60, 10).double()[30 * rank:30 * rank + 30])
+    torch.save(dict(loss=loss.detach(), video=stats["video_assignment"], target=stats["target_assignment"], soft=soft,
+                    gradients={n: p.grad for n, p in model.named_parameters()}), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_give_the_loss_gradients_and_assignments_of_one_with_the_whole_batch(tmp_path):
+    torch.multiprocessing.spawn(half_of_the_batch, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    model, (video, mask) = small(), batch()
+    loss, stats = model(video, mask)
+    loss.backward()
+    assert (first["loss"] + second["loss"]).item() / 2 == pytest.approx(loss.item(), rel=1e-12)
+    for name in ("video", "target"):
+        assert torch.equal(torch.cat([first[name], second[name]]), stats[f"{name}_assignment"])
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(first["gradients"][name], parameter.grad, rtol=1e-9, atol=1e-14), name
+        assert torch.equal(first["gradients"][name], second["gradients"][name])
+    assert torch.allclose(torch.cat([first["soft"], second["soft"]]), sinkhorn(cosines(60, 10).double()), rtol=1e-12)
+
+
+def test_torchrun_trains_on_two_processes(here):
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+                             str(HERE / "train.py"), "--epochs", "2", "--batch-size", "16", "--out", "two"],
+                            cwd=here, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "2 processes x 16 clips x 1 accumulated = 32" in result.stdout and result.stdout.count("linear probe") == 2
+    assert log_of("two")[-1]["step"] == 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# README.md
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_each_python_snippet_of_the_readme_runs_and_prints_what_it_says():
+    snippets = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    assert snippets
+    for snippet in snippets:
+        with redirect_stdout(io.StringIO()) as text:
+            exec(snippet, {})
+        said = re.findall(r"^print\(.*\) +# (.*)$", snippet, re.M)
+        assert said and text.getvalue().splitlines() == said
