@@ -13,6 +13,7 @@ import math
 import shutil
 from bisect import bisect_right
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cache, partial
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from sigma import IMAGENET_MEAN, IMAGENET_STD, tube_mask
 
-av.logging.set_level(av.logging.FATAL)               # a damaged file is reported once, by us, not line by line by FFmpeg
+av.logging.set_level(av.logging.FATAL)              # a damaged file is reported once, by us, not line by line by FFmpeg
 SUFFIXES = set(".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .ts .mts .wmv .flv .3gp .ogv".split())
 RETRIES = 10                                          # other clips that are tried in place of one that can't be read
 
@@ -41,9 +42,7 @@ class VideoError(Exception):
     """One video that can't be read; the message says why."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Finding videos
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Finding videos ---------------------------------------------------------------------------------------------------
 
 @dataclass
 class Videos:
@@ -58,7 +57,7 @@ class Videos:
 
 
 def find_videos(source, split="train"):
-    """The videos of a folder or a list file (layouts at the top of this file). Raises UserError where there are none."""
+    """The videos of a folder or a list file (layouts: top of this file). Raises UserError where there are none."""
     source, found = Path(source), Videos()
     if source.is_file():
         if source.suffix.lower() in SUFFIXES:
@@ -70,7 +69,7 @@ def find_videos(source, split="train"):
             source = source / split
         walk_folder(source, found)
     else:
-        raise UserError(f"--data expects toy, a folder of videos or a list file, found nothing at {source}: check the path")
+        raise UserError(f"expected toy, a folder of videos or a list file, found nothing at {source}: check the path")
     if not found.paths:
         why = f" ({len(found.passed_over)} passed over, first: {found.passed_over[0]})" if found.passed_over else ""
         raise UserError(f"expected videos in {source}, found none{why}: "
@@ -116,12 +115,10 @@ def read_list(file, found):
             found.passed_over.append(f'{file}, line {number}, "{line.strip()}": there is no file {path}')
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Decoding
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Decoding ---------------------------------------------------------------------------------------------------------
 
 def pretraining_frames(n, frames, stride, generator=None):
-    """Indices of a clip in a video of n frames: a random start, then every stride-th; the last existing frame is held."""
+    """Indices of a clip in a video of n frames: random start, then every stride-th; the last frame there is, is held."""
     start = int(torch.randint(max(n - frames * stride, 0) + 1, (1,), generator=generator))
     return [min(start + stride * i, n - 1) for i in range(frames)]
 
@@ -134,17 +131,17 @@ def decode(path, choose, seek=True):
     Raises VideoError with the reason.
     """
     try:
-        with av.open(path) as container:                                                # closed whatever happens: no leak
+        with av.open(path) as container:                                              # closed whatever happens: no leak
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:
                 raise VideoError("it has no video stream")
             stream = streams[0]
-            stream.thread_type, stream.codec_context.thread_count = "NONE", 1     # the workers are parallel, not the decoder
+            stream.thread_type, stream.codec_context.thread_count = "NONE", 1       # workers are parallel, not decoders
             packets = packets_of(container, stream)
             first = next(packets, None)
             if first is None or first.pts is None or not stream.average_rate:
                 raise VideoError("it holds no frames with time stamps")
-            step = 1 / (stream.average_rate * stream.time_base)                           # from frame to frame, in ticks
+            step = 1 / (stream.average_rate * stream.time_base)                          # from frame to frame, in ticks
             length = stream.duration or (container.duration or 0) / (av.time_base * stream.time_base)
             # Some webm files tell neither frames nor duration: count their packets, which needs no decoding.
             count = stream.frames or round(length / step) or 1 + sum(1 for _ in packets)
@@ -152,10 +149,10 @@ def decode(path, choose, seek=True):
             # Time stamps are rounded to ticks: forgive one tick, but never as much as half a frame.
             times = [float(first.pts + index * step + min(1, step / 2)) for index in indices]
             if seek:
-                container.seek(int(times[0]), stream=stream)                           # to the last key frame before the clip
+                container.seek(int(times[0]), stream=stream)                     # to the last key frame before the clip
                 found = clip_packets(packets_of(container, stream), times[-1])
-                if not found or not found[0].is_keyframe or found[0].pts > times[0]:                  # or, in some formats,
-                    return decode(path, lambda _: indices, seek=False)            # elsewhere: then read from the beginning
+                if not found or not found[0].is_keyframe or found[0].pts > times[0]:              # or, in some formats,
+                    return decode(path, lambda _: indices, seek=False)         # elsewhere: then read from the beginning
             else:
                 found = [first, *clip_packets(packets, times[-1])]
             return torch.stack(decode_packets(stream, found, times)).permute(0, 3, 1, 2)
@@ -179,7 +176,7 @@ def clip_packets(packets, end):
 
 
 def decode_packets(stream, packets, times):
-    """For each of the ascending times the last frame shown by then, (H, W, 3) uint8; only these are converted to RGB."""
+    """For each of the ascending times the last frame shown by then, (H, W, 3) uint8; converts no others to RGB."""
     shown = sorted(packet.pts for packet in packets if packet.pts is not None)
     wanted = {shown[max(bisect_right(shown, time) - 1, 0)] for time in times} if shown else {}
     # A frame that is neither wanted nor referred to by others need not be decoded. Needs packets that all tell their
@@ -191,7 +188,7 @@ def decode_packets(stream, packets, times):
         for packet in packets:
             context.skip_frame = "DEFAULT" if packet.pts in wanted else unwanted
             yield from packet.decode()
-        yield from context.decode(None)                                          # those that the decoder still holds back
+        yield from context.decode(None)                                        # those that the decoder still holds back
 
     for frame in frames():
         if frame.pts is None:
@@ -203,7 +200,7 @@ def decode_packets(stream, packets, times):
         last = frame
     if last is None:
         raise VideoError("none of its frames can be decoded")
-    chosen += [last] * (len(times) - len(chosen))                                  # the video ends: its last frame is held
+    chosen += [last] * (len(times) - len(chosen))                               # the video ends: its last frame is held
     images = {frame.pts: to_rgb(frame, chosen[0].width, chosen[0].height) for frame in chosen}
     return [images[frame.pts] for frame in chosen]
 
@@ -212,20 +209,18 @@ reformatter = None
 
 
 def to_rgb(frame, width, height):
-    """A decoded frame as (height, width, 3) uint8, on one thread: by default every frame would start one on each core."""
-    global reformatter                                 # one in each worker process: threads of its own don't survive a fork
+    """A decoded frame as (height, width, 3) uint8, on one thread: the default starts one on each core for each frame."""
+    global reformatter                             # one in each worker process: threads of its own don't survive a fork
     reformatter = reformatter or VideoReformatter()
     return torch.from_numpy(reformatter.reformat(frame, width, height, "rgb24", threads=1).to_ndarray())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Clips
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Clips ------------------------------------------------------------------------------------------------------------
 
 CROP_FACTORS = (1, 0.875, 0.75, 0.66)                                                 # of the short side, for each side
 CROP_SIDES = [(i, j) for i in CROP_FACTORS for j in CROP_FACTORS
-              if abs(CROP_FACTORS.index(i) - CROP_FACTORS.index(j)) <= 1]                # at most one step apart: 10 pairs
-CROP_PLACES = [(i, j) for i in range(5) for j in range(5) if (i + j) % 2 == 0]            # 13 quarters of the free space
+              if abs(CROP_FACTORS.index(i) - CROP_FACTORS.index(j)) <= 1]             # at most one step apart: 10 pairs
+CROP_PLACES = [(i, j) for i in range(5) for j in range(5) if (i + j) % 2 == 0]           # 13 quarters of the free space
 
 
 def corner_crop(height, width, generator=None):
@@ -338,9 +333,7 @@ def normalise(video, device):
     return video.sub_(channels(IMAGENET_MEAN, device)).div_(channels(IMAGENET_STD, device))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The toy set
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The toy set ------------------------------------------------------------------------------------------------------
 
 TOY_CLASSES = ("down", "grow", "left", "right", "rotate_left", "rotate_right", "shrink", "up")
 TOY_FRAMES, TOY_SIZE, TOY_TRAIN, TOY_VAL = 8, 32, 8192, 1600
@@ -386,14 +379,23 @@ def write_video(path, frames, rate=8):
     """Writes frames (T, H, W, 3) uint8 as H.264 in mp4; H and W even."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=rate, options={"preset": "ultrafast", "crf": "10"})
-        stream.height, stream.width, stream.pix_fmt, stream.codec_context.thread_count = *frames.shape[1:3], "yuv420p", 1
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        stream.codec_context.thread_count = 1
         for frame in frames.numpy():
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))
 
 
+def write_png(path, image):
+    """Writes an image (3, H, W) uint8."""
+    encoder = av.CodecContext.create("png", "w")
+    encoder.height, encoder.width, encoder.pix_fmt, encoder.time_base = *image.shape[1:], "rgb24", Fraction(1)
+    frame = av.VideoFrame.from_ndarray(image.permute(1, 2, 0).contiguous().numpy(), format="rgb24")
+    Path(path).write_bytes(b"".join(map(bytes, encoder.encode(frame) + encoder.encode(None))))
+
+
 def make_toy(root, seed=0, train=TOY_TRAIN, val=TOY_VAL):
-    """Renders the toy set into root/{train,val}/<class>/*.mp4, the same for the same seed, unless root is there already.
+    """Renders the toy set into root/{train,val}/<class>/*.mp4, the same for one seed, unless root is there already.
 
     Works in a folder of another name until all is written, so that root is whole or not there.
     """

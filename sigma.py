@@ -24,9 +24,7 @@ from torch import nn
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tubes: the clip in pieces of 2 frames x 16 x 16 pixels, where each one stands, and which are hidden
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Tubes: the clip in pieces of 2 frames x 16 x 16 pixels, where each one stands, and which are hidden --------------
 
 def positions(n, dim):
     """Fixed sinusoids of the tubes' flattened (t h w) index, (n, dim) float32: even columns sine, odd columns cosine.
@@ -84,9 +82,7 @@ def standardise(x, dim):
     return (x - x.mean(dim, keepdim=True)) / (x.std(dim, keepdim=True) + 1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The video model: a ViT that sees the visible tubes, and a light decoder that predicts features of the hidden ones
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The video model: a ViT that sees the visible tubes, a light decoder that predicts features of the hidden ones ------
 
 class Attention(nn.Module):
     """Multi-head self-attention over (B, n, dim). Queries and values have a bias, keys have none."""
@@ -135,14 +131,14 @@ class Block(nn.Module):
 
 
 class TubeEmbedding(nn.Module):
-    """A Conv3d whose kernel and stride are one tube, computed as a linear layer on just the tubes that are asked for."""
+    """A Conv3d whose kernel and stride are one tube, computed as a linear layer of just the tubes it is given."""
 
     def __init__(self, dim, tube):
         super().__init__()
         self.proj = nn.Conv3d(3, dim, kernel_size=tube, stride=tube)
 
     def forward(self, tubes):                                                                             # B n 3 p q r
-        return F.linear(tubes.flatten(2), self.proj.weight.flatten(1), self.proj.bias)                            # B n D
+        return F.linear(tubes.flatten(2), self.proj.weight.flatten(1), self.proj.bias)                           # B n D
 
 
 def init_linear(module):
@@ -164,7 +160,7 @@ class PositionTable(nn.Module):
     def forward(self, n):
         if n > len(self.table):
             self.table = positions(n, self.table.shape[1]).to(self.table)
-        return self.table[:n]                                                                                       # N D
+        return self.table[:n]                                                                                      # N D
 
 
 class Encoder(nn.Module):
@@ -186,10 +182,10 @@ class Encoder(nn.Module):
         """
         if mask is None:
             tubes = take_tubes(video, self.tube)                                                          # B N 3 p q r
-            x = self.patch_embed(tubes) + self.position(tubes.shape[1])                                           # B N D
+            x = self.patch_embed(tubes) + self.position(tubes.shape[1])                                          # B N D
         else:
-            visible, _ = split_mask(mask, video.device)                                                             # B V
-            x = self.patch_embed(take_tubes(video, self.tube, visible)) + self.position(mask.shape[1])[visible]   # B V D
+            visible, _ = split_mask(mask, video.device)                                                            # B V
+            x = self.patch_embed(take_tubes(video, self.tube, visible)) + self.position(mask.shape[1])[visible]  # B V D
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -212,9 +208,7 @@ class Decoder(nn.Module):
         return self.head(self.norm(x[:, -hidden:]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Prototypes: balanced assignments by Sinkhorn, and the loss in which each branch predicts the other's assignment
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Prototypes: balanced assignments by Sinkhorn, and the loss: each branch predicts the other's assignment -----------
 
 def projector(pixels, dim, widths=(1024, 1024, 512)):
     """The projection network of SIGMA-MLP: P standardised pixel values of a tube -> a feature of `dim` numbers."""
@@ -230,7 +224,7 @@ def at_least_fp32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-@torch.no_grad()                                                        # an assignment is a target: no gradient through it
+@torch.no_grad()                                                     # an assignment is a target: no gradient through it
 def sinkhorn(scores, eps=0.05, iters=10):
     """Soft assignment of N tubes to K prototypes that uses all prototypes equally (paper section 3.2; SwAV).
 
@@ -238,9 +232,9 @@ def sinkhorn(scores, eps=0.05, iters=10):
     torch.distributed N is this rank's part, and balance holds over all ranks' tubes. Returns the same shape(s), in
     float32 or better whatever the autocast: rows sum to 1, columns to about N / K over the whole batch.
 
-    The assignment is diag(u) kernel diag(v) with kernel = exp(scores / eps). Only the two vectors change from one
-    iteration to the next, so an iteration is two products of one fixed matrix with a vector; nothing N x K is rewritten.
-    A constant factor on v is undone by the next u, so the equal totals need not be 1/K: v is scaled to a largest of 1.
+    The assignment is diag(u) kernel diag(v) with kernel = exp(scores / eps). Only the vectors u and v change, so that an
+    iteration is two products of one fixed matrix with a vector, and nothing N x K is rewritten. A constant factor on v
+    is undone by the next u, so the prototypes' equal totals need not be 1/K: v is scaled to a largest value of 1.
     """
     branches = [scores] if isinstance(scores, torch.Tensor) else scores
     branches = [s.to(torch.promote_types(s.dtype, torch.float32)) for s in branches]
@@ -254,7 +248,7 @@ def sinkhorn(scores, eps=0.05, iters=10):
         kernels, us = [], []
         for s, peak in zip(branches, peaks):
             kernel, u = torch.empty_like(s), s.new_empty(len(s))                                             # N K and N
-            for rows, out, top in zip(s.split(1024), kernel.split(1024), u.split(1024)):   # blocks that stay in the cache
+            for rows, out, top in zip(s.split(512), kernel.split(512), u.split(512)):    # blocks that stay in the cache
                 torch.amax(torch.sub(rows, peak, out=out), dim=1, out=top)
                 out.sub_(top[:, None]).div_(eps).exp_()
             kernels.append(kernel)
@@ -263,8 +257,8 @@ def sinkhorn(scores, eps=0.05, iters=10):
             totals = torch.stack([u @ kernel for u, kernel in zip(us, kernels)])                          # branches x K
             if parallel:
                 dist.all_reduce(totals)
-            vs = totals.amin(dim=1, keepdim=True) / totals             # now every prototype has the same total, over all ranks
-            us = [1 / (kernel @ v) for kernel, v in zip(kernels, vs)]                        # now every tube's row sums to 1
+            vs = totals.amin(dim=1, keepdim=True) / totals      # now every prototype has the same total, over all ranks
+            us = [1 / (kernel @ v) for kernel, v in zip(kernels, vs)]                   # now every tube's row sums to 1
         soft = [kernel.mul_(v).mul_(u[:, None]) for kernel, v, u in zip(kernels, vs, us)]
     return soft[0] if isinstance(scores, torch.Tensor) else soft
 
@@ -281,15 +275,13 @@ def symmetric_loss(video_scores, target_scores, video_assignment, target_assignm
 
 
 def usage(assignment, k):
-    """How many of k prototypes the assignment (N,) uses, and the entropy of that use (at most ln k); two 0-d tensors."""
+    """How many of k prototypes the assignment (N,) uses, and the entropy of that use, at most ln k: 0-d tensors."""
     one = torch.full((len(assignment),), 1 / len(assignment), device=assignment.device)
     share = one.new_zeros(k).index_add_(0, assignment, one)
     return (share > 0).sum(), -torch.special.xlogy(share, share).sum()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# SIGMA
-# ---------------------------------------------------------------------------------------------------------------------
+# --- SIGMA ------------------------------------------------------------------------------------------------------------
 
 class SIGMA(nn.Module):
     """The two networks, the prototypes between them, and the loss.
@@ -306,7 +298,7 @@ class SIGMA(nn.Module):
         if target not in ("mlp", "dino", "pixel"):
             raise ValueError(f'target must be "mlp", "dino" or "pixel", found "{target}"')
         self.target, self.eps, self.iters, self.temperature = target, eps, iters, temperature
-        pixels = 3 * math.prod(tube)                                                     # P: 1536 for tubes of 2 x 16 x 16
+        pixels = 3 * math.prod(tube)                                                  # P: 1536 for tubes of 2 x 16 x 16
         out = pixels if target == "pixel" else target_dim
         self.encoder = Encoder(dim=dim, depth=depth, heads=heads, tube=tube)
         self.encoder_to_decoder = nn.Linear(dim, decoder_dim, bias=False)
@@ -329,28 +321,28 @@ class SIGMA(nn.Module):
         prototypes_used and entropy (of the video branch's assignment) and both assignments (B*M,). Ranks' losses
         average to the loss of the whole batch; prototypes_used and entropy are this rank's.
         """
-        visible, hidden = split_mask(mask, video.device)                                 # 1. hide most of the tubes: B V, B M
-        predicted = self.predict(video, mask, visible, hidden)                           # 2. the video model's guess:   B M E
-        target = self.embed(video, hidden, features)                                     # 3. the projection network:    B M E
+        visible, hidden = split_mask(mask, video.device)                           # 1. hide most of the tubes: B V, B M
+        predicted = self.predict(video, mask, visible, hidden)                     # 2. the video model's guess:   B M E
+        target = self.embed(video, hidden, features)                               # 3. the projection network:    B M E
         if self.target == "pixel":
             loss = F.mse_loss(at_least_fp32(predicted), target)
             return loss, {"pixel_term": loss.detach()}
-        video_scores, target_scores = self.compare(predicted, target)                    # 4. cosines to prototypes: B*M K each
-        video_assignment, target_assignment = [soft.argmax(dim=1) for soft in            # 5. balanced assignments:  B*M each
+        video_scores, target_scores = self.compare(predicted, target)             # 4. cosines to prototypes: B*M K each
+        video_assignment, target_assignment = [soft.argmax(dim=1) for soft in       # 5. balanced assignments:  B*M each
                                                sinkhorn([video_scores, target_scores], self.eps, self.iters)]
         loss, stats = symmetric_loss(video_scores, target_scores, video_assignment,      # 6. each predicts the other's
                                      target_assignment, self.temperature)
-        used, entropy = usage(video_assignment, len(self.prototypes))
-        return loss, stats | {"log_k": torch.full_like(entropy, math.log(len(self.prototypes))), "prototypes_used": used,
-                              "entropy": entropy, "video_assignment": video_assignment,
-                              "target_assignment": target_assignment}
+        k = len(self.prototypes)
+        used, entropy = usage(video_assignment, k)
+        return loss, stats | {"log_k": torch.full_like(entropy, math.log(k)), "prototypes_used": used, "entropy": entropy,
+                              "video_assignment": video_assignment, "target_assignment": target_assignment}
 
     def predict(self, video, mask, visible, hidden):
         """The video model: features predicted for the hidden tubes from the visible ones, (B, M, E)."""
-        tokens = self.encoder_to_decoder(self.encoder(video, mask))                                              # B V D'
-        place = self.decoder.position(mask.shape[1])                                                               # N D'
-        tokens = torch.cat([tokens + place[visible], self.mask_token + place[hidden]], dim=1)                    # B N D'
-        return self.decoder(tokens, hidden.shape[1])                                                              # B M E
+        tokens = self.encoder_to_decoder(self.encoder(video, mask))                                             # B V D'
+        place = self.decoder.position(mask.shape[1])                                                              # N D'
+        tokens = torch.cat([tokens + place[visible], self.mask_token + place[hidden]], dim=1)                   # B N D'
+        return self.decoder(tokens, hidden.shape[1])                                                             # B M E
 
     def embed(self, video, hidden, features=None):
         """The projection network: the true content of the tubes at hidden (B, M) as features, (B, M, E)."""
@@ -360,17 +352,17 @@ class SIGMA(nn.Module):
                 raise ValueError(f'target "dino" needs features of all tubes, shape {(len(video), n, dim)}, '
                                  f"found {None if features is None else tuple(features.shape)}")
             features = standardise(at_least_fp32(features.detach()), dim=1)              # per clip and channel: B N E
-            return features.take_along_dim(hidden[..., None], dim=1)                                              # B M E
+            return features.take_along_dim(hidden[..., None], dim=1)                                             # B M E
         pixels = at_least_fp32(take_tubes(video, self.encoder.tube, hidden)) * self.std + self.mean       # B M 3 p q r
-        pixels = rearrange(pixels, "b m c p q r -> b m (p q r) c")                                        # RGB in [0, 1]
-        pixels = standardise(pixels, dim=2).flatten(2)                           # per tube and channel: B M P, P = p q r c
+        pixels = rearrange(pixels, "b m c p q r -> b m (p q r) c")                                       # RGB in [0, 1]
+        pixels = standardise(pixels, dim=2).flatten(2)                        # per tube and channel: B M P, P = p q r c
         return pixels if self.target == "pixel" else self.projector(pixels)
 
     def compare(self, predicted, target):
         """Cosines of both branches' features (B, M, E) to the prototypes, (B*M, K) each, float32 or better."""
-        with torch.no_grad():                                        # unit length by rescaling, not by a step of the graph
+        with torch.no_grad():                                     # unit length by rescaling, not by a step of the graph
             self.prototypes.copy_(F.normalize(self.prototypes, dim=1))
-        with torch.autocast(predicted.device.type, enabled=False):    # in bf16 more than 1% of the assignments would change
+        with torch.autocast(predicted.device.type, enabled=False):     # in bf16 over 1% of the assignments would change
             predicted, target = (F.normalize(at_least_fp32(x).flatten(0, 1), dim=1) for x in (predicted, target))
             # Detached: the prototypes learn from the projection network's side alone, else both sides drift together.
             return predicted @ self.prototypes.detach().T, target @ self.prototypes.T
@@ -379,7 +371,7 @@ class SIGMA(nn.Module):
 SIZES = {
     #             encoder: width, blocks, heads    decoder: width, blocks, heads
     "tiny":  dict(dim=128, depth=4, heads=4, decoder_dim=64, decoder_depth=2, decoder_heads=2, tube=(4, 8, 8),
-                  prototypes=64, target_dim=64, projector_widths=(256,)),                # not in the paper: the toy set's
+                  prototypes=64, target_dim=64, projector_widths=(256,)),              # not in the paper: the toy set's
     "small": dict(dim=384, depth=12, heads=6, decoder_dim=192, decoder_depth=4, decoder_heads=3),
     "base":  dict(dim=768, depth=12, heads=12, decoder_dim=384, decoder_depth=4, decoder_heads=6),
     "large": dict(dim=1024, depth=24, heads=16, decoder_dim=512, decoder_depth=4, decoder_heads=8),
@@ -395,68 +387,61 @@ def build_model(size="base", **changes):
 
 
 def training_flops(model, grid, hidden):
-    """Arithmetic of one clip's forward and backward pass in its matrix products, two operations a multiply-add.
+    """Operations in the matrix products of one clip's forward and backward pass; a multiply-add counts as two.
 
-    grid: the clip's (t, h, w) in tubes; hidden: M. What a method must compute and no more: no recomputation, no gradient
-    of the clip, no gradient of prototypes from the video's scores. Sinkhorn, norms and softmax are left out (under 2%).
+    grid: the clip's (t, h, w) in tubes; hidden: M. Only what the method needs: nothing is computed twice, the clip and
+    (from the video's scores) the prototypes get no gradient. Sinkhorn, norms and softmax are left out: under 2%.
     """
     n = math.prod(grid)
 
     def linear(module, tokens):
         return tokens * sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
 
-    def attention(blocks, tokens):
-        return sum(2 * tokens ** 2 * block.attn.proj.in_features for block in blocks)
+    def transformer(part, tokens):
+        return linear(part.blocks, tokens) + sum(2 * tokens ** 2 * block.attn.proj.in_features for block in part.blocks)
 
-    visible = n - hidden
-    embedding = visible * model.encoder.patch_embed.proj.weight.numel()
-    both = linear(model.encoder, visible) + attention(model.encoder.blocks, visible)
-    both += linear(model.encoder_to_decoder, visible) + linear(model.decoder.blocks, n)
-    both += attention(model.decoder.blocks, n) + linear(model.decoder.head, hidden)
-    total = 2 * embedding + 3 * both                         # forward, gradient of the weights, gradient of the input
+    inside = transformer(model.encoder, n - hidden) + linear(model.encoder_to_decoder, n - hidden)
+    inside += transformer(model.decoder, n) + linear(model.decoder.head, hidden)
+    total = 3 * inside + 2 * (n - hidden) * model.encoder.patch_embed.proj.weight.numel()   # forward; weights'; inputs'
     if model.target == "mlp":
         total += 3 * linear(model.projector, hidden) - linear(model.projector[0], hidden)
-    if model.target != "pixel":                              # two products with the prototypes, and one gradient of each:
-        scores = hidden * model.prototypes.numel()           # the features' for the video, the prototypes' for the target,
-        total += (5 if model.target == "mlp" else 4) * scores           # and the target features' where a projector learns
+    if model.target != "pixel":         # scores of both branches; gradients of the video's features, of the prototypes,
+        total += (5 if model.target == "mlp" else 4) * hidden * model.prototypes.numel()    # and a projector's features
     return 2 * total
 
 
 def walk():
-    """One random clip through the method, step by step: what `python sigma.py` prints."""
+    """One clip through the method, step by step: what `python sigma.py` prints."""
     torch.manual_seed(0)
-    model, grid = build_model("small"), (8, 14, 14)
-    clip = F.interpolate(torch.randn(1, 3, 16, 14, 14), size=(16, 224, 224), mode="trilinear")        # smooth: not noise
-    mask = tube_mask(1, grid)
+    model, mask = build_model("small"), tube_mask(1, (8, 14, 14))
+    clip = F.interpolate(torch.randn(1, 3, 16, 14, 14), size=(16, 224, 224), mode="trilinear")        # smooth, no noise
 
     def say(step, x, fact):
         print(f"{step:34}{str(tuple(x.shape)):22}{fact}")
 
+    def size(part):
+        return f"{sum(p.numel() for p in part.parameters()):,} parameters"
+
     with torch.no_grad():
-        say("clip", clip, f"{clip.numel():,} numbers, normalised RGB")
-        say("tubes of 2 x 16 x 16", mask, f"{mask.numel()} = 8 x 14 x 14, {3 * math.prod(model.encoder.tube)} numbers each")
         visible, hidden = split_mask(mask, clip.device)
-        say("  hidden by the tube mask", hidden, f"{hidden.numel() / mask.numel():.1%}, the same places in all 8 slices")
-        tokens = model.encoder(clip, mask)
-        say("1 encoder: visible tubes only", tokens, f"{sum(p.numel() for p in model.encoder.parameters()):,} parameters")
-        predicted = model.predict(clip, mask, visible, hidden)
-        say("2 decoder: predicted features", predicted, f"{sum(p.numel() for p in model.decoder.parameters()):,} parameters")
-        target = model.embed(clip, hidden)
-        say("3 projection of the true pixels", target, f"{sum(p.numel() for p in model.projector.parameters()):,} parameters")
+        predicted, target = model.predict(clip, mask, visible, hidden), model.embed(clip, hidden)
         scores = model.compare(predicted, target)
-        say("4 cosines, video to prototypes", scores[0], f"from {scores[0].min():+.2f} to {scores[0].max():+.2f}")
-        say("  cosines, target to prototypes", scores[1], f"from {scores[1].min():+.2f} to {scores[1].max():+.2f}")
         soft = sinkhorn(list(scores))
-        before = (scores[1] / 0.05).softmax(dim=1).sum(dim=0)
-        after = soft[1].sum(dim=0)
-        share = scores[1].shape[0] / scores[1].shape[1]
-        say("5 Sinkhorn: balanced assignment", soft[1], f"a prototype's total: {share:.2f}, within "
-            f"{(after / share - 1).abs().max():.1%} (plain softmax: {(before / share - 1).abs().max():.0%})")
-        hard = [s.argmax(dim=1) for s in soft]
-        say("  hard: its argmax", hard[1], f"{len(hard[1].unique())} of {len(model.prototypes)} prototypes in use")
-        loss, terms = symmetric_loss(*scores, *hard)
-        say("6 each predicts the other's", loss, f"{terms['target_term']:.3f} + {terms['video_term']:.3f} = {loss:.3f}, "
-            f"chance is 2 ln K = {2 * math.log(len(model.prototypes)):.3f}")
+        loss, terms = symmetric_loss(*scores, *(s.argmax(dim=1) for s in soft))
+        plain, balanced = (q.mean(dim=0).max().item() * q.shape[1] for q in ((scores[1] / 0.05).softmax(dim=1), soft[1]))
+        say("clip", clip, f"{clip.numel():,} numbers, normalised RGB")
+        say("tubes of 2 x 16 x 16", mask, f"8 x 14 x 14 of them, {3 * math.prod(model.encoder.tube)} numbers each")
+        say("  hidden by the tube mask", hidden, f"{mask.float().mean():.1%}, the same places in all 8 slices")
+        say("1 encoder: the visible tubes", model.encoder(clip, mask), size(model.encoder))
+        say("2 decoder: features predicted", predicted, size(model.decoder))
+        say("3 projector: features of pixels", target, size(model.projector))
+        for name, s in zip(("4 cosines, video to prototypes", "  cosines, target to prototypes"), scores):
+            say(name, s, f"from {s.min():+.2f} to {s.max():+.2f}")
+        say("5 Sinkhorn: balanced assignment", soft[1], f"largest prototype: {balanced:.2f} times its share "
+            f"(plain softmax: {plain:.0f} times)")
+        say("  hard: its argmax", soft[1].argmax(dim=1), f"{len(soft[1].argmax(dim=1).unique())} prototypes in use")
+        say("6 each predicts the other's", loss, f"loss {terms['target_term']:.2f} + {terms['video_term']:.2f} = "
+            f"{loss:.2f}; by chance 2 ln K = {2 * math.log(len(model.prototypes)):.2f}")
 
 
 if __name__ == "__main__":

@@ -51,9 +51,7 @@ def cosines(n, k, dim=16, seed=0):
     return a @ b.T
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# sigma.py: tubes and masks
-# ---------------------------------------------------------------------------------------------------------------------
+# --- sigma.py: tubes and masks ----------------------------------------------------------------------------------------
 
 def test_positions_are_the_published_sinusoids_and_a_longer_table_begins_with_a_shorter_one():
     table = sigma.positions(50, 8)
@@ -65,7 +63,7 @@ def test_positions_are_the_published_sinusoids_and_a_longer_table_begins_with_a_
 
 def test_a_tube_mask_hides_the_same_number_in_each_clip_at_its_own_places_through_all_slices():
     mask = tube_mask(6, (8, 14, 14))
-    assert mask.shape == (6, 1568) and mask.sum(dim=1).tolist() == [1408] * 6            # int(0.9 * 196) = 176 in 8 slices
+    assert mask.shape == (6, 1568) and mask.sum(dim=1).tolist() == [1408] * 6         # int(0.9 * 196) = 176 in 8 slices
     slices = mask.view(6, 8, 196)
     assert (slices == slices[:, :1]).all()
     assert len({tuple(m.tolist()) for m in slices[:, 0]}) == 6
@@ -100,9 +98,7 @@ def test_pixel_targets_are_standardised_tubes_in_the_order_frame_row_column_chan
         assert found.item() == pytest.approx(expected.item(), abs=1e-9)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# sigma.py: encoder
-# ---------------------------------------------------------------------------------------------------------------------
+# --- sigma.py: encoder ------------------------------------------------------------------------------------------------
 
 def test_the_masked_encoder_equals_its_blocks_run_on_the_visible_tokens_of_the_full_embedding():
     encoder, (video, mask) = small().encoder, batch()
@@ -140,9 +136,7 @@ def test_wrong_sizes_and_uneven_masks_stop_with_a_sentence():
         small("dino")(*batch())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# sigma.py: Sinkhorn
-# ---------------------------------------------------------------------------------------------------------------------
+# --- sigma.py: Sinkhorn -----------------------------------------------------------------------------------------------
 
 def plain_sinkhorn(scores, eps, iters):
     """The textbook iteration in float64."""
@@ -194,9 +188,7 @@ def test_hard_assignments_use_all_prototypes_even_where_most_scores_favour_one()
     assert used == 20 and 0.95 * math.log(20) < entropy <= math.log(20) + 1e-6
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# sigma.py: loss
-# ---------------------------------------------------------------------------------------------------------------------
+# --- sigma.py: loss ---------------------------------------------------------------------------------------------------
 
 def gradients(model, video, mask, features=None):
     """The parameters that get a gradient from each term of the loss: {"target_term": names, "video_term": names}."""
@@ -263,7 +255,7 @@ def test_prototypes_are_made_unit_length_in_place_and_their_gradient_is_that_of_
     assert model.prototypes.norm(dim=1).max() > 2
     model(video, mask)[0].backward()
     assert torch.allclose(model.prototypes.norm(dim=1), torch.ones(20, dtype=torch.float64))
-    radial = (model.prototypes.grad * model.prototypes).sum(dim=1)         # a graph through the rescaling would have none
+    radial = (model.prototypes.grad * model.prototypes).sum(dim=1)       # a graph through the rescaling would have none
     assert radial.abs().max() > 1e-4
 
 
@@ -289,7 +281,7 @@ def test_parameters_have_the_published_names_and_shapes():
     published |= {f"encoder.blocks.{n}.{name}": shape for n in range(12) for name, shape in block.items()}
     published |= {f"decoder.blocks.{n}.{name}": tuple(s // 2 for s in shape) for n in range(4) for name, shape in block.items()}
     widths = (1536, 1024, 1024, 512, 256)
-    for n, (i, o) in enumerate(zip(widths, widths[1:])):                    # there called head.0, head.2, head.4, head.6
+    for n, (i, o) in enumerate(zip(widths, widths[1:])):                   # there called head.0, head.2, head.4, head.6
         published |= {f"projector.{2 * n}.weight": (o, i), f"projector.{2 * n}.bias": (o,)}
     assert shapes == published
 
@@ -329,9 +321,7 @@ def test_the_walk_prints_a_dozen_lines():
     assert 10 <= len(text.getvalue().splitlines()) <= 14 and "(1408, 3000)" in text.getvalue()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# data.py: decoding. Each test frame carries its own number as eight black or white squares.
-# ---------------------------------------------------------------------------------------------------------------------
+# --- data.py: decoding. Each test frame carries its own number as eight black or white squares. -----------------------
 
 def numbered_frame(number, height=48, width=64):
     frame = torch.full((height, width, 3), 90, dtype=torch.uint8)
@@ -434,9 +424,7 @@ def test_damaged_files_end_in_a_sentence_that_gives_the_reason(tmp_path):
             decode(str(path), lambda n: pretraining_frames(n, 16, 4))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# data.py: clips
-# ---------------------------------------------------------------------------------------------------------------------
+# --- data.py: clips ---------------------------------------------------------------------------------------------------
 
 def clips_of(folder, **changes):
     return Clips(find_videos(folder), **dict(frames=4, stride=2, size=32, tube=TUBE, ratio=0.75) | changes)
@@ -498,7 +486,7 @@ def test_an_unreadable_video_is_replaced_and_named(tmp_path):
 def test_an_epoch_has_each_clip_once_over_all_ranks_and_can_begin_in_the_middle():
     orders = [Order(50, batch=4, rank=rank, world=2, seed=5) for rank in range(2)]
     keys = [list(order) for order in orders]
-    assert [len(k) for k in keys] == [24, 24] and len(set(keys[0] + keys[1])) == 48          # 50 = 6 steps of 8, and 2 dropped
+    assert [len(k) for k in keys] == [24, 24] and len(set(keys[0] + keys[1])) == 48   # 50 = 6 steps of 8, and 2 dropped
     orders[0].start = 4
     assert list(orders[0]) == keys[0][16:]
     orders[0].epoch, orders[0].start = 1, 0
@@ -543,9 +531,7 @@ def test_no_single_frame_of_a_toy_clip_tells_its_class():
         assert accuracy < 0.125 + 4 * math.sqrt(0.125 * 0.875 / 1000)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# train.py
-# ---------------------------------------------------------------------------------------------------------------------
+# --- train.py ---------------------------------------------------------------------------------------------------------
 
 def run(folder, *arguments):
     """train.py in a process of its own, within a folder."""
@@ -659,11 +645,11 @@ def test_wrong_usage_ends_in_one_sentence_and_code_2(here, capsys):
             (["--data", "bad.csv"], 'line 1, "nothing.mp4 0"'),
             (["--resume", "nowhere"], "expected a checkpoint, found no file nowhere"),
             (["--init", "junk.pt"], "expected a checkpoint of train.py in junk.pt, found something else"),
-            (["--init", "taken/last.pt", "--target", "pixel", "--out", "x"], "names differ"),
-            (["--resume", "taken", "--epochs", "9"], "run's own --epochs 1, found 9"),
-            (["--resume", "taken", "--batch-size", "8"], "global batch of 32 clips, found 1 processes x 8 x 1 = 8"),
+            (["--init", "taken/last.pt", "--target", "pixel", "--out", "x"], "7 names that differ"),
+            (["--resume", "taken", "--epochs", "9"], "the run's own --epochs 1, found 9"),
+            (["--resume", "taken", "--batch-size", "8"], "global batch of 32 clips, found 1 processes x 8 clips x 1 accumulated = 8"),
             (["--out", "taken"], "found a checkpoint in taken"),
-            (["--batch-size", "65"], "at least one global batch of 65 clips, found 64"),
+            (["--batch-size", "65"], "global batch of 1 processes x 65 clips x 1 accumulated = 65, found 64"),
             (["--size", "30"], "divisible by the tube (4, 8, 8), found 8 and 30")):
         assert train.main(arguments) == 2, arguments
         error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -689,14 +675,12 @@ def test_too_many_unreadable_videos_end_the_run_with_their_names(tmp_path, monke
     assert Path("run/last.pt").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Two processes
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Two processes ----------------------------------------------------------------------------------------------------
 
 def half_of_the_batch(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model, (video, mask) = small(), batch()
-    parallel = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
     part = slice(2 * rank, 2 * rank + 2)
     loss, stats = parallel(video[part], mask[part])
     loss.backward()
@@ -726,13 +710,11 @@ def test_torchrun_trains_on_two_processes(here):
                              str(HERE / "train.py"), "--epochs", "2", "--batch-size", "16", "--out", "two"],
                             cwd=here, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "2 processes x 16 clips x 1 accumulated = 32" in result.stdout and result.stdout.count("linear probe") == 2
+    assert "2 processes x 16 clips x 1 accumulated = 32" in result.stdout and result.stdout.count("linear probe") == 1
     assert log_of("two")[-1]["step"] == 4
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# README.md
-# ---------------------------------------------------------------------------------------------------------------------
+# --- README.md --------------------------------------------------------------------------------------------------------
 
 def test_each_python_snippet_of_the_readme_runs_and_prints_what_it_says():
     snippets = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
