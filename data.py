@@ -86,14 +86,15 @@ def walk_folder(folder, found):
             else:
                 found.passed_over.append(f"{path}: not a video by its name")
 
-    subfolders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    for label, subfolder in enumerate(subfolders):
+    loose = list(videos_below(folder.iterdir()))
+    for label, subfolder in enumerate(sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))):
         paths = list(videos_below(subfolder.rglob("*")))
         found.paths += paths
         found.labels += [label] * len(paths)
-    if not found.paths:
-        found.paths = list(videos_below(folder.iterdir()))
-        found.labels = [-1] * len(found.paths)
+    if found.paths:
+        found.passed_over += [f"{path}: in no class folder, while others are" for path in loose]
+    else:
+        found.paths, found.labels = loose, [-1] * len(loose)
 
 
 def read_list(file, found):
@@ -102,23 +103,23 @@ def read_list(file, found):
         lines = file.read_text().splitlines()
     except UnicodeDecodeError:
         raise UserError(f"expected a text file that lists videos, found something else in {file}") from None
-    for number, line in enumerate(lines, start=1):
-        path, _, last = line.strip().rpartition(" ")
-        label = int(last) if path and last.isdecimal() else -1
-        path = file.parent / (path.strip() if label >= 0 else line.strip())
-        if not line.strip():
-            continue
-        if path.is_file():
+    for number, line in enumerate(map(str.strip, lines), start=1):
+        path, label = line, -1
+        if not (file.parent / line).is_file() and len(line.split()) > 1:
+            path, label = line.rsplit(maxsplit=1)
+        path = file.parent / path
+        if line and path.is_file() and str(label).lstrip("-").isdecimal():
             found.paths.append(str(path))
-            found.labels.append(label)
-        else:
-            found.passed_over.append(f'{file}, line {number}, "{line.strip()}": there is no file {path}')
+            found.labels.append(int(label))
+        elif line:
+            reason = f'the label "{label}" is not a whole number' if path.is_file() else f"there is no file {path}"
+            found.passed_over.append(f'{file}, line {number}, "{line}": {reason}')
 
 
 # --- Decoding ---------------------------------------------------------------------------------------------------------
 
 def pretraining_frames(n, frames, stride, generator=None):
-    """Indices of a clip in a video of n frames: random start, then every stride-th; the last frame there is, is held."""
+    """Indices of a clip in a video of n frames: random start, then every stride-th; past the end the last one."""
     start = int(torch.randint(max(n - frames * stride, 0) + 1, (1,), generator=generator))
     return [min(start + stride * i, n - 1) for i in range(frames)]
 
@@ -151,8 +152,9 @@ def decode(path, choose, seek=True):
             if seek:
                 container.seek(int(times[0]), stream=stream)                     # to the last key frame before the clip
                 found = clip_packets(packets_of(container, stream), times[-1])
-                if not found or not found[0].is_keyframe or found[0].pts > times[0]:              # or, in some formats,
-                    return decode(path, lambda _: indices, seek=False)         # elsewhere: then read from the beginning
+                landed = found and found[0].is_keyframe and found[0].pts is not None and found[0].pts <= times[0]
+                if not landed:                               # or, in some formats, elsewhere: read from the beginning
+                    return decode(path, lambda _: indices, seek=False)
             else:
                 found = [first, *clip_packets(packets, times[-1])]
             return torch.stack(decode_packets(stream, found, times)).permute(0, 3, 1, 2)
@@ -209,7 +211,7 @@ reformatter = None
 
 
 def to_rgb(frame, width, height):
-    """A decoded frame as (height, width, 3) uint8, on one thread: the default starts one on each core for each frame."""
+    """A decoded frame as (height, width, 3) uint8, on one thread: the default is one for each core, each time."""
     global reformatter                             # one in each worker process: threads of its own don't survive a fork
     reformatter = reformatter or VideoReformatter()
     return torch.from_numpy(reformatter.reformat(frame, width, height, "rgb24", threads=1).to_ndarray())
@@ -227,7 +229,7 @@ def corner_crop(height, width, generator=None):
     """The multi-scale corner crop of VideoMAE and SIGMA: a random box (top, left, height, width) for the whole clip."""
     sides, place = (options[int(torch.randint(len(options), (1,), generator=generator))]
                     for options in (CROP_SIDES, CROP_PLACES))
-    h, w = (int(min(height, width) * side) for side in sides)
+    h, w = (max(1, int(min(height, width) * side)) for side in sides)
     return place[0] * ((height - h) // 4), place[1] * ((width - w) // 4), h, w
 
 

@@ -82,7 +82,7 @@ def standardise(x, dim):
     return (x - x.mean(dim, keepdim=True)) / (x.std(dim, keepdim=True) + 1e-6)
 
 
-# --- The video model: a ViT that sees the visible tubes, a light decoder that predicts features of the hidden ones ------
+# --- The video model: a ViT that sees the visible tubes, a light decoder that predicts features of the hidden ones ----
 
 class Attention(nn.Module):
     """Multi-head self-attention over (B, n, dim). Queries and values have a bias, keys have none."""
@@ -208,7 +208,7 @@ class Decoder(nn.Module):
         return self.head(self.norm(x[:, -hidden:]))
 
 
-# --- Prototypes: balanced assignments by Sinkhorn, and the loss: each branch predicts the other's assignment -----------
+# --- Prototypes: balanced assignments by Sinkhorn, and the loss: each branch predicts the other's assignment ----------
 
 def projector(pixels, dim, widths=(1024, 1024, 512)):
     """The projection network of SIGMA-MLP: P standardised pixel values of a tube -> a feature of `dim` numbers."""
@@ -232,7 +232,7 @@ def sinkhorn(scores, eps=0.05, iters=10):
     torch.distributed N is this rank's part, and balance holds over all ranks' tubes. Returns the same shape(s), in
     float32 or better whatever the autocast: rows sum to 1, columns to about N / K over the whole batch.
 
-    The assignment is diag(u) kernel diag(v) with kernel = exp(scores / eps). Only the vectors u and v change, so that an
+    The assignment is diag(u) kernel diag(v) with kernel = exp(scores / eps). Only the vectors u and v change, so an
     iteration is two products of one fixed matrix with a vector, and nothing N x K is rewritten. A constant factor on v
     is undone by the next u, so the prototypes' equal totals need not be 1/K: v is scaled to a largest value of 1.
     """
@@ -334,8 +334,9 @@ class SIGMA(nn.Module):
                                      target_assignment, self.temperature)
         k = len(self.prototypes)
         used, entropy = usage(video_assignment, k)
-        return loss, stats | {"log_k": torch.full_like(entropy, math.log(k)), "prototypes_used": used, "entropy": entropy,
-                              "video_assignment": video_assignment, "target_assignment": target_assignment}
+        return loss, stats | {"log_k": torch.full_like(entropy, math.log(k)), "prototypes_used": used,
+                              "entropy": entropy, "video_assignment": video_assignment,
+                              "target_assignment": target_assignment}
 
     def predict(self, video, mask, visible, hidden):
         """The video model: features predicted for the hidden tubes from the visible ones, (B, M, E)."""
@@ -428,7 +429,8 @@ def walk():
         scores = model.compare(predicted, target)
         soft = sinkhorn(list(scores))
         loss, terms = symmetric_loss(*scores, *(s.argmax(dim=1) for s in soft))
-        plain, balanced = (q.mean(dim=0).max().item() * q.shape[1] for q in ((scores[1] / 0.05).softmax(dim=1), soft[1]))
+        plain = (scores[1] / 0.05).softmax(dim=1)
+        largest = [q.mean(dim=0).max().item() * q.shape[1] for q in (plain, soft[1])]
         say("clip", clip, f"{clip.numel():,} numbers, normalised RGB")
         say("tubes of 2 x 16 x 16", mask, f"8 x 14 x 14 of them, {3 * math.prod(model.encoder.tube)} numbers each")
         say("  hidden by the tube mask", hidden, f"{mask.float().mean():.1%}, the same places in all 8 slices")
@@ -437,8 +439,8 @@ def walk():
         say("3 projector: features of pixels", target, size(model.projector))
         for name, s in zip(("4 cosines, video to prototypes", "  cosines, target to prototypes"), scores):
             say(name, s, f"from {s.min():+.2f} to {s.max():+.2f}")
-        say("5 Sinkhorn: balanced assignment", soft[1], f"largest prototype: {balanced:.2f} times its share "
-            f"(plain softmax: {plain:.0f} times)")
+        say("5 Sinkhorn: balanced assignment", soft[1], f"largest prototype: {largest[1]:.2f} times its share "
+            f"(plain softmax: {largest[0]:.0f} times)")
         say("  hard: its argmax", soft[1].argmax(dim=1), f"{len(soft[1].argmax(dim=1).unique())} prototypes in use")
         say("6 each predicts the other's", loss, f"loss {terms['target_term']:.2f} + {terms['video_term']:.2f} = "
             f"{loss:.2f}; by chance 2 ln K = {2 * math.log(len(model.prototypes)):.2f}")

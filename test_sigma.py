@@ -502,10 +502,12 @@ def test_videos_are_found_in_class_folders_flat_folders_and_lists(tmp_path):
     assert found.classes == 2 and "notes.txt: not a video" in found.passed_over[0]
     flat = find_videos(tmp_path / "set" / "wave")
     assert flat.labels == [-1, -1] and flat.classes == 0
-    (tmp_path / "list.csv").write_text("set/wave/a b.mp4 7\n\nset/wave/c.webm\ngone.mp4 1\n" + f"{tmp_path}/set/clap/deep/d.avi 0\n")
+    (tmp_path / "list.csv").write_text("set/wave/a b.mp4 7\n\nset/wave/c.webm\ngone.mp4 1\nset/wave/c.webm cat\n"
+                                       f"{tmp_path}/set/clap/deep/d.avi\t0\n")
     found = find_videos(tmp_path / "list.csv")
     assert [Path(p).name for p in found.paths] == ["a b.mp4", "c.webm", "d.avi"] and found.labels == [7, -1, 0]
-    assert len(found.passed_over) == 1 and 'line 4, "gone.mp4 1"' in found.passed_over[0]
+    assert 'line 4, "gone.mp4 1": there is no file' in found.passed_over[0]
+    assert 'line 5, "set/wave/c.webm cat": the label "cat" is not a whole number' in found.passed_over[1]
     with pytest.raises(UserError, match="found nothing at"):
         find_videos(tmp_path / "nowhere")
     (tmp_path / "none").mkdir()

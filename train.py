@@ -101,8 +101,8 @@ def configure(given):
         fixed = {"data", "model", "target", "frames", "stride", "size", "epochs", "lr", "seed", "init"}
         for name in sorted(fixed & set(given)):
             if given[name] != config.get(name):
-                raise UserError(f"--resume keeps the run's own --{name} {config.get(name)}, found {given[name]}: leave it "
-                                "out, or start a new run from the weights with --init")
+                raise UserError(f"--resume keeps the run's own --{name} {config.get(name)}, found {given[name]}: "
+                                "leave it out, or start a new run from the weights with --init")
     else:
         checkpoint, data = None, given.get("data", "toy")
         model = given.get("model", "tiny" if data == "toy" else "base")
@@ -214,8 +214,8 @@ def load_weights(model, weights, path):
     differ = [f"{name} (expected {expected.get(name, 'none')}, found {found.get(name, 'none')})"
               for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
     if differ:
-        raise UserError(f"expected weights of this --model and --target, found {len(differ)} names that differ in {path}: "
-                        f"{', '.join(differ[:20])}{', ...' * (len(differ) > 20)}: give the ones it was trained with")
+        raise UserError(f"expected weights of this --model and --target, found {len(differ)} names that differ in {path}; "
+                        f"give its own: {', '.join(differ[:20])}{', ...' * (len(differ) > 20)}")
     model.load_state_dict(weights)
 
 
@@ -247,8 +247,8 @@ def pretrain(config, checkpoint, init, max_steps, processes):
     dtype = precision(c.amp, processes.device)
 
     videos = clips.videos
-    say(f"data       {len(clips):,} clips in {c.data}, {videos.classes or 'no'} classes; {len(videos.passed_over)} lines or "
-        "files passed over")
+    say(f"data       {len(clips):,} clips in {c.data}, {videos.classes or 'no'} classes; "
+        f"{len(videos.passed_over)} lines or files passed over")
     for line in videos.passed_over[:3]:
         say(f"           passed over: {line}")
     say(f"model      {c.model}, target {c.target}, {sum(p.numel() for p in model.parameters()):,} parameters; clips of "
@@ -358,8 +358,8 @@ def fit(model, clips, order, config, checkpoint, max_steps, dtype, processes):
             save()
             saved = now
         if too_many:
-            raise RunError(f"expected at most 1% unreadable videos, found {len(unreadable)} of {len(clips):,} so far: mend "
-                           f"or remove those named above, then --resume {out}")
+            raise RunError(f"expected at most 1% unreadable videos, found {len(unreadable)} of {len(clips):,} so far: "
+                           f"mend or remove those named above, then --resume {out}")
         if stop:
             break
     bar.close()
