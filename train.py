@@ -323,7 +323,9 @@ def fit(model, clips, order, config, checkpoint, max_steps, dtype, processes):
         optimizer.zero_grad()
         step += 1
         recent.append({"loss": loss.detach(), "grad_norm": norm} | {k: v for k, v in stats.items() if v.ndim == 0})
-        if step % LOG_EVERY and step < last and not (stopped and processes.world == 1):
+        bar.update(1)
+        alone, impatient = processes.world == 1, time.monotonic() - logged > 10       # several must log at the same steps
+        if step % LOG_EVERY and step < last and not (alone and (stopped or impatient)):
             continue
 
         # A log line: means over the steps since the last one, and over the ranks.
@@ -341,9 +343,8 @@ def fit(model, clips, order, config, checkpoint, max_steps, dtype, processes):
         line = {"step": step, "epoch": step * c.epochs / c.steps, "lr": rate}
         line |= {name: sum(values) / len(rows) for name, values in zip(names, zip(*rows))}
         line |= {"clips_per_second": len(rows) * c.global_batch / (now - logged), "data_wait": waited / (now - logged)}
-        bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['clips_per_second']:.0f} clips/s, "
-                            f"{line['data_wait']:.0%} waiting for data", refresh=False)
-        bar.update(len(rows))
+        bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['clips_per_second']:.3g} clips/s, "
+                            f"{line['data_wait']:.0%} waiting for data")
         logged, waited = now, 0.0
         for path, reason in ((path, reason) for *_, theirs in everyone for path, reason in theirs.items()):
             if path not in unreadable:
