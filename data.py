@@ -10,7 +10,9 @@ Each video is opened, the wanted frames are decoded and nothing after them, and 
 training device (`normalise`). A video that can't be read raises VideoError; `Clips` takes another one and says so.
 """
 import math
+import os
 import shutil
+import signal
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -59,36 +61,35 @@ class Videos:
 def find_videos(source, split="train"):
     """The videos of a folder or a list file (layouts: top of this file). Raises UserError where there are none."""
     source, found = Path(source), Videos()
-    if source.is_file():
-        if source.suffix.lower() in SUFFIXES:
-            raise UserError(f"--data takes a folder or a text file that lists videos, found the video {source}: "
-                            "give its folder, or a file with its path as the only line")
-        read_list(source, found)
-    elif source.is_dir():
-        if (source / split).is_dir():
-            source = source / split
-        walk_folder(source, found)
-    else:
-        raise UserError(f"expected toy, a folder of videos or a list file, found nothing at {source}: check the path")
+    try:
+        if source.is_file() and source.suffix.lower() not in SUFFIXES:
+            read_list(source, found)
+        elif source.is_dir():
+            source = source / split if (source / split).is_dir() else source
+            walk_folder(source, found)
+        else:
+            what = "a video" if source.is_file() else "nothing"
+            raise UserError(f"expected toy, a folder of videos or a list file, found {what} at {source}: "
+                            "give a folder, or a text file with a path on each line")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"expected a folder or list that can be read, found {error}: check {source}") from None
     if not found.paths:
         why = f" ({len(found.passed_over)} passed over, first: {found.passed_over[0]})" if found.passed_over else ""
         raise UserError(f"expected videos in {source}, found none{why}: "
-                        f"give FOLDER/<class>/*.mp4, FOLDER/*.mp4 or a file with lines `path` or `path label`")
+                        "give FOLDER/<class>/*.mp4, FOLDER/*.mp4 or a file with lines `path` or `path label`")
     return found
 
 
 def walk_folder(folder, found):
     """Adds the videos below a folder; the names of its sub-folders are the classes, in alphabetical order."""
-    def videos_below(place):
-        for path in sorted(p for p in place if p.is_file() and not p.name.startswith(".")):
-            if path.suffix.lower() in SUFFIXES:
-                yield str(path)
-            else:
-                found.passed_over.append(f"{path}: not a video by its name")
+    def videos_in(place):
+        files = sorted(p for p in place if p.is_file() and not p.name.startswith("."))
+        found.passed_over += [f"{p}: not a video by its name" for p in files if p.suffix.lower() not in SUFFIXES]
+        return [str(p) for p in files if p.suffix.lower() in SUFFIXES]
 
-    loose = list(videos_below(folder.iterdir()))
+    loose = videos_in(folder.iterdir())
     for label, subfolder in enumerate(sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))):
-        paths = list(videos_below(subfolder.rglob("*")))
+        paths = videos_in(subfolder.rglob("*"))
         found.paths += paths
         found.labels += [label] * len(paths)
     if found.paths:
@@ -99,21 +100,20 @@ def walk_folder(folder, found):
 
 def read_list(file, found):
     """Adds the videos of a list file; lines that name none are passed over, quoted with their number."""
-    try:
-        lines = file.read_text().splitlines()
-    except UnicodeDecodeError:
-        raise UserError(f"expected a text file that lists videos, found something else in {file}") from None
-    for number, line in enumerate(map(str.strip, lines), start=1):
-        path, label = line, -1
-        if not (file.parent / line).is_file() and len(line.split()) > 1:
+    for number, line in enumerate(map(str.strip, file.read_text(encoding="utf-8-sig").splitlines()), start=1):
+        path, label = line, "-1"                                                        # no label
+        if len(line.split()) > 1 and not os.path.isfile(file.parent / line):
             path, label = line.rsplit(maxsplit=1)
-        path = file.parent / path
-        if line and path.is_file() and str(label).lstrip("-").isdecimal():
-            found.paths.append(str(path))
+        path = str(file.parent / path)
+        if not line:
+            continue
+        if not os.path.isfile(path):
+            found.passed_over.append(f'{file}, line {number}, "{line[:200]}": there is no such file')
+        elif label != "-1" and not label.isdecimal():
+            found.passed_over.append(f'{file}, line {number}, "{line[:200]}": its label is not a whole number')
+        else:
+            found.paths.append(path)
             found.labels.append(int(label))
-        elif line:
-            reason = f'the label "{label}" is not a whole number' if path.is_file() else f"there is no file {path}"
-            found.passed_over.append(f'{file}, line {number}, "{line}": {reason}')
 
 
 # --- Decoding ---------------------------------------------------------------------------------------------------------
@@ -124,42 +124,44 @@ def pretraining_frames(n, frames, stride, generator=None):
     return [min(start + stride * i, n - 1) for i in range(frames)]
 
 
-def decode(path, choose, seek=True):
+def decode(path, choose, indices=None):
     """Frames of a video, (n, 3, H, W) uint8 RGB: those that choose(number of frames) -> ascending indices asks for.
 
     Frame i is the last one shown at or before i / rate seconds after the first, which is the i-th where the rate is
     constant. Many files know the number of their frames only roughly: where one ends sooner, its last frame is held.
-    Raises VideoError with the reason.
+    Raises VideoError with the reason. With indices, which choose has given before, it reads from the file's beginning.
     """
     try:
-        with av.open(path) as container:                                              # closed whatever happens: no leak
+        with av.open(path, metadata_errors="replace") as container:                   # closed whatever happens: no leak
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-            if not streams:
-                raise VideoError("it has no video stream")
+            if not streams or streams[0].codec_context is None:
+                raise VideoError("it has no video stream of a known codec")
             stream = streams[0]
             stream.thread_type, stream.codec_context.thread_count = "NONE", 1       # workers are parallel, not decoders
             packets = packets_of(container, stream)
             first = next(packets, None)
-            if first is None or first.pts is None or not stream.average_rate:
+            if first is None or first.pts is None:
                 raise VideoError("it holds no frames with time stamps")
+            # The first packet holds the first frame, unless an edit list cuts it off.
+            origin, frames = (stream.start_time, 0) if first.is_discard else (first.pts, stream.frames)
             step = 1 / (stream.average_rate * stream.time_base)                          # from frame to frame, in ticks
-            length = stream.duration or (container.duration or 0) / (av.time_base * stream.time_base)
-            # Some webm files tell neither frames nor duration: count their packets, which needs no decoding.
-            count = stream.frames or round(length / step) or 1 + sum(1 for _ in packets)
-            indices = choose(count)
+            seek = indices is None
+            if seek:
+                length = stream.duration or (container.duration or 0) / (av.time_base * stream.time_base)
+                # Some webm files tell neither frames nor duration: count their packets, which needs no decoding.
+                indices = choose(frames or round(length / step) or 1 + sum(1 for _ in packets))
             # Time stamps are rounded to ticks: forgive one tick, but never as much as half a frame.
-            times = [float(first.pts + index * step + min(1, step / 2)) for index in indices]
+            times = [float(origin + index * step + min(1, step / 2)) for index in indices]
             if seek:
                 container.seek(int(times[0]), stream=stream)                     # to the last key frame before the clip
-                found = clip_packets(packets_of(container, stream), times[-1])
-                landed = found and found[0].is_keyframe and found[0].pts is not None and found[0].pts <= times[0]
-                if not landed:                               # or, in some formats, elsewhere: read from the beginning
-                    return decode(path, lambda _: indices, seek=False)
-            else:
-                found = [first, *clip_packets(packets, times[-1])]
+                packets = packets_of(container, stream)
+                first = next(packets, None)
+                if not (first and first.is_keyframe and first.pts is not None and first.pts <= times[0]):
+                    return decode(path, choose, indices)             # it landed elsewhere, as some formats often do
+            found = clip_packets([first], packets, times[-1])
             return torch.stack(decode_packets(stream, found, times)).permute(0, 3, 1, 2)
-    except (av.FFmpegError, OSError) as error:
-        raise VideoError(f"it can't be read: {error.strerror}") from None
+    except (av.FFmpegError, OSError, ValueError, IndexError, ZeroDivisionError, TypeError) as error:
+        raise VideoError(f"it can't be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def packets_of(container, stream):
@@ -167,9 +169,8 @@ def packets_of(container, stream):
     return (packet for packet in container.demux(stream) if packet.size)
 
 
-def clip_packets(packets, end):
-    """Packets up to the last one that can hold a frame shown by `end`: a packet is never shown before its dts."""
-    found = []
+def clip_packets(found, packets, end):
+    """Adds packets up to the last one that can hold a frame shown by `end`: a packet is never shown before its dts."""
     for packet in packets:
         found.append(packet)
         if packet.dts is not None and packet.dts > end:
@@ -256,9 +257,13 @@ class Clips(Dataset):
 
     def __init__(self, videos, *, frames, stride, size, tube, ratio, crop=corner_crop, seed=0, cache=None):
         if frames % tube[0] or size % tube[1] or size % tube[2]:
-            raise UserError(f"expected frames and size divisible by the tube {tuple(tube)}, found {frames} and {size}")
+            raise UserError(f"expected --frames and --size divisible by the tube {tuple(tube)}, found {frames} and "
+                            f"{size}: take multiples")
         self.videos, self.size, self.ratio, self.crop, self.seed, self.cache = videos, size, ratio, crop, seed, cache
         self.grid = (frames // tube[0], size // tube[1], size // tube[2])
+        if int(ratio * self.grid[1] * self.grid[2]) == 0:
+            raise UserError(f"expected clips of which {ratio:.0%} can be hidden, found {self.grid[1]} x {self.grid[2]} "
+                            "tubes in a frame: take a larger --size")
         self.frames, self.stride, self.tube = frames, stride, tube
 
     def __len__(self):
@@ -317,10 +322,17 @@ def collate(samples):
     return torch.stack(video), torch.stack(mask), torch.tensor(label), torch.tensor(index), bad
 
 
+def ignore_signals(worker):
+    """A signal to stop goes to all processes of a group; the workers must live until the training process has saved."""
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)
+
+
 def loader(clips, batch, sampler, workers, device="cpu"):
     """A DataLoader of batches as collate makes them."""
     return DataLoader(clips, batch, sampler=sampler, num_workers=workers, collate_fn=collate,
-                      pin_memory=torch.device(device).type == "cuda", persistent_workers=workers > 0)
+                      worker_init_fn=ignore_signals, persistent_workers=workers > 0,
+                      pin_memory=torch.device(device).type == "cuda")
 
 
 @cache
@@ -337,42 +349,37 @@ def normalise(video, device):
 
 # --- The toy set ------------------------------------------------------------------------------------------------------
 
-TOY_CLASSES = ("down", "grow", "left", "right", "rotate_left", "rotate_right", "shrink", "up")
+TOY_CLASSES = ("0_right", "1_down_right", "2_down", "3_down_left", "4_left", "5_up_left", "6_up", "7_up_right")
 TOY_FRAMES, TOY_SIZE, TOY_TRAIN, TOY_VAL = 8, 32, 8192, 1600
 
 
 def toy_clips(labels, generator):
-    """Clips of one moving shape for labels (n,) in TOY_CLASSES: (n, TOY_FRAMES, TOY_SIZE, TOY_SIZE, 3) uint8.
+    """Clips of a shape that drifts in one of eight directions, labels (n,): (n, TOY_FRAMES, TOY_SIZE, TOY_SIZE, 3).
 
-    A lobed, striped shape on a smooth background, all of random looks. Its place is uniform on a plane whose opposite
-    edges are joined, its angle on the circle, its log size on an interval whose ends are joined: a single frame has the
-    same distribution in all classes, and only motion tells them apart. No pixel noise: nothing could predict it.
+    A lobed, striped shape on a smooth background, all of random looks, on a plane whose opposite edges are joined: its
+    place says nothing about its class, so no single frame does. No pixel noise: nothing could predict it.
     """
-    n, size, low, high = len(labels), TOY_SIZE, math.log(7), math.log(18)
+    n, size = len(labels), TOY_SIZE
 
-    def uniform(a, b, *shape):
-        return a + (b - a) * torch.rand(n, *(shape or (1, 1, 1)), generator=generator)
-
-    def path(start, minus, plus, slow, fast):                    # a quantity that moves, or stands still: n T 1 1
-        direction = (labels == TOY_CLASSES.index(plus)).float() - (labels == TOY_CLASSES.index(minus)).float()
-        speed = direction.view(-1, 1, 1, 1) * uniform(slow, fast)
-        return start + speed * torch.arange(TOY_FRAMES).view(1, -1, 1, 1)
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(n, *shape or (1, 1, 1), generator=generator)
 
     background = F.interpolate(uniform(0, 1, 3, 2, 2), (size, size), mode="bilinear", align_corners=True)
-    x = path(uniform(0, size), "left", "right", 1.5, 3)                                          # in pixels
-    y = path(uniform(0, size), "up", "down", 1.5, 3)
-    angle = path(uniform(0, 2 * math.pi), "rotate_left", "rotate_right", 0.25, 0.5)              # in radians
-    radius = (low + (path(uniform(0, high - low), "shrink", "grow", 0.05, 0.1) % (high - low))).exp()
+    direction = labels.view(-1, 1, 1, 1) * math.pi / 4
+    travelled = uniform(1.5, 3) * torch.arange(TOY_FRAMES)[:, None, None]                         # in pixels
     pixel = torch.arange(size) + 0.5
-    dx, dy = ((pixel - x + size / 2) % size - size / 2, (pixel[:, None] - y + size / 2) % size - size / 2)
-    along = (dx * angle.cos() + dy * angle.sin()) / radius                       # the shape's own coordinates: n T S S
-    across = (dy * angle.cos() - dx * angle.sin()) / radius
+    x, y = (position - place - travelled * way for position, place, way in                     # from the shape's centre
+            ((pixel, uniform(0, size), direction.cos()), (pixel[:, None], uniform(0, size), direction.sin())))
+    x, y = ((distance + size / 2) % size - size / 2 for distance in (x, y))                       # n T 1 S and n T S 1
+    radius, angle = (uniform(math.log(7), math.log(18))).exp(), uniform(0, 2 * math.pi)
+    along = (x * angle.cos() + y * angle.sin()) / radius                       # in the shape's own coordinates: n T S S
+    across = (y * angle.cos() - x * angle.sin()) / radius
     lobes, depth = torch.randint(2, 6, (n, 1, 1, 1), generator=generator), uniform(0.15, 0.35)
     outline = 1 - depth + depth * torch.cos(lobes * torch.atan2(across, along))
-    inside = ((outline - along.hypot(across)) * radius + 0.5).clamp(0, 1)                # an edge one pixel wide
-    turn, waves = uniform(0, math.pi), uniform(2, 4)
-    stripes = torch.sin(waves * (along * turn.cos() + across * turn.sin()) + uniform(0, 2 * math.pi))
-    texture = uniform(0, 1, 3, 1, 1, 1) + uniform(-0.5, 0.5, 3, 1, 1, 1) * stripes[:, None]            # n 3 T S S
+    inside = ((outline - along.hypot(across)) * radius + 0.5).clamp(0, 1)                       # an edge one pixel wide
+    turn = uniform(0, math.pi)
+    stripes = torch.sin(uniform(2, 4) * (along * turn.cos() + across * turn.sin()) + uniform(0, 2 * math.pi))
+    texture = uniform(0, 1, 3, 1, 1, 1) + uniform(-0.5, 0.5, 3, 1, 1, 1) * stripes[:, None]       # n 3 T S S
     clip = background[:, :, None].lerp(texture.clamp(0, 1), inside[:, None])
     return (clip * 255).round().byte().permute(0, 2, 3, 4, 1)
 
@@ -404,8 +411,7 @@ def make_toy(root, seed=0, train=TOY_TRAIN, val=TOY_VAL):
     root = Path(root)
     if root.is_dir():
         return
-    draft = root.with_name(root.name + ".unfinished")
-    shutil.rmtree(draft, ignore_errors=True)
+    draft = root.with_name(f"{root.name}.unfinished-{os.getpid()}")
     with tqdm(total=train + val, desc="rendering the toy set, once", unit=" clips") as bar:
         for part, (split, number) in enumerate((("train", train), ("val", val))):
             generator = torch.Generator().manual_seed(2 * seed + part)
@@ -416,4 +422,7 @@ def make_toy(root, seed=0, train=TOY_TRAIN, val=TOY_VAL):
                 for i, clip in enumerate(toy_clips(labels, generator), start=first):
                     write_video(draft / split / TOY_CLASSES[labels[i - first]] / f"{i:05}.mp4", clip)
                 bar.update(len(labels))
-    draft.rename(root)
+    try:
+        draft.rename(root)
+    except OSError:                                                    # another process was faster: its set is the same
+        shutil.rmtree(draft)

@@ -73,8 +73,8 @@ def take_tubes(video, tube, index=None):
     cut = rearrange(video, "b c (t p) (h q) (w r) -> b t h w c p q r", p=p, q=q, r=r)      # a view: nothing is copied
     if index is None:
         return rearrange(cut, "b t h w c p q r -> b (t h w) c p q r")
-    clip = torch.arange(len(video), device=video.device)[:, None]
-    return cut[(clip, *torch.unravel_index(index, cut.shape[1:4]))]                                        # B n 3 p q r
+    (h, w), clip = cut.shape[2:4], torch.arange(len(video), device=video.device)[:, None]
+    return cut[clip, index // (h * w), index // w % h, index % w]                                          # B n 3 p q r
 
 
 def standardise(x, dim):
@@ -361,8 +361,7 @@ class SIGMA(nn.Module):
 
     def compare(self, predicted, target):
         """Cosines of both branches' features (B, M, E) to the prototypes, (B*M, K) each, float32 or better."""
-        with torch.no_grad():                                     # unit length by rescaling, not by a step of the graph
-            self.prototypes.copy_(F.normalize(self.prototypes, dim=1))
+        self.prototypes.data.copy_(F.normalize(self.prototypes.data, dim=1))      # rescaled in place, outside the graph
         with torch.autocast(predicted.device.type, enabled=False):     # in bf16 over 1% of the assignments would change
             predicted, target = (F.normalize(at_least_fp32(x).flatten(0, 1), dim=1) for x in (predicted, target))
             # Detached: the prototypes learn from the projection network's side alone, else both sides drift together.
@@ -372,7 +371,7 @@ class SIGMA(nn.Module):
 SIZES = {
     #             encoder: width, blocks, heads    decoder: width, blocks, heads
     "tiny":  dict(dim=128, depth=4, heads=4, decoder_dim=64, decoder_depth=2, decoder_heads=2, tube=(4, 8, 8),
-                  prototypes=64, target_dim=64, projector_widths=(256,)),              # not in the paper: the toy set's
+                  prototypes=128, eps=0.03, target_dim=64, projector_widths=(256,)),   # not in the paper: the toy set's
     "small": dict(dim=384, depth=12, heads=6, decoder_dim=192, decoder_depth=4, decoder_heads=3),
     "base":  dict(dim=768, depth=12, heads=12, decoder_dim=384, decoder_depth=4, decoder_heads=6),
     "large": dict(dim=1024, depth=24, heads=16, decoder_dim=512, decoder_depth=4, decoder_heads=8),

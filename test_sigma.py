@@ -111,6 +111,41 @@ def test_the_masked_encoder_equals_its_blocks_run_on_the_visible_tokens_of_the_f
     assert torch.allclose(encoder(video), encoder(video, nothing_hidden), atol=1e-12)
 
 
+def test_attention_is_scaled_softmax_with_a_bias_on_queries_and_values_but_not_on_keys():
+    layer, x = small().encoder.blocks[0].attn, torch.randn(2, 5, 32, dtype=torch.float64)
+    torch.nn.init.normal_(layer.q_bias)
+    torch.nn.init.normal_(layer.v_bias)
+    w_q, w_k, w_v = layer.qkv.weight.split(32)
+    q, k, v = x @ w_q.T + layer.q_bias, x @ w_k.T, x @ w_v.T + layer.v_bias
+    heads = [(q[..., h] @ k[..., h].transpose(1, 2) / 16 ** 0.5).softmax(dim=-1) @ v[..., h]
+             for h in (slice(0, 16), slice(16, 32))]
+    assert torch.allclose(layer(x), layer.proj(torch.cat(heads, dim=2)), atol=1e-12)
+
+
+def test_the_decoder_sees_visible_tokens_then_mask_tokens_each_at_its_place_and_answers_for_the_hidden():
+    model, (video, mask) = small(), batch(1)
+    visible, hidden = split_mask(mask, "cpu")
+    table = sigma.positions(32, 16).double()
+    x = model.encoder_to_decoder(model.encoder(video, mask))[0] + table[~mask[0]]
+    x = torch.cat([x, model.mask_token[0] + table[mask[0]]])[None]
+    for block in model.decoder.blocks:
+        x = block(x)
+    expected = model.decoder.head(model.decoder.norm(x))[:, 8:]
+    assert torch.allclose(model.predict(video, mask, visible, hidden), expected, atol=1e-12)
+
+
+def test_weights_start_as_published():
+    model = build_model("tiny")
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2 and name.startswith(("encoder.", "decoder.")):                         # xavier-uniform
+            bound = (6 / sum(weight.shape)) ** 0.5
+            assert 0.95 * bound < weight.abs().max() <= bound, name
+        elif name.startswith(("encoder.", "decoder.")) and "patch_embed" not in name:              # norms 1, biases 0
+            assert (weight == float("norm" in name and "weight" in name)).all(), name
+    assert model.encoder_to_decoder.weight.abs().max() <= 1 / 128 ** 0.5                           # torch's default
+    assert 0 < model.mask_token.abs().max() <= 0.02 and model.prototypes.std().item() == pytest.approx(1, abs=0.05)
+
+
 def test_changing_hidden_pixels_changes_no_token():
     encoder, (video, mask) = small().encoder, batch()
     hidden = mask.view(4, 1, *GRID).repeat_interleave(2, 2).repeat_interleave(8, 3).repeat_interleave(8, 4)
@@ -212,8 +247,10 @@ def test_the_target_term_trains_projector_and_prototypes_and_the_video_term_the_
 
 def test_with_features_from_outside_the_target_term_trains_the_prototypes_alone():
     features = torch.randn(4, 32, 16, dtype=torch.float64, requires_grad=True)
-    found = gradients(small("dino"), *batch(), features)
-    assert found["target_term"] == {"prototypes"}
+    model, (video, mask) = small("dino"), batch()
+    assert gradients(model, video, mask, features)["target_term"] == {"prototypes"}
+    model(video, mask, features)[0].backward()
+    assert features.grad is None
 
 
 def test_outside_features_are_standardised_per_clip_and_channel_over_all_tubes():
@@ -336,6 +373,10 @@ def read_number(frame):
     return sum((frame[:, 16 + 16 * (bit // 4), 8 + 16 * (bit % 4)].float().mean().item() > 128) << bit for bit in range(8))
 
 
+def to_chw(frame):
+    return torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
+
+
 def write_numbered(path, codec="libx264", count=100, rate=25, pts=None, **options):
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options=options)
@@ -390,6 +431,19 @@ def test_frames_at_a_variable_rate_are_chosen_by_time(tmp_path):
     assert expected != wanted
 
 
+def test_frames_that_an_edit_list_cuts_off_do_not_count(tmp_path):
+    source, path = write_numbered(tmp_path / "v.mp4", count=60, g="30"), str(tmp_path / "cut.mp4")
+    with av.open(source) as whole, av.open(path, "w") as cut:                      # as `ffmpeg -ss 0.4 -c copy` does it
+        stream = cut.add_stream_from_template(whole.streams.video[0])
+        for packet in whole.demux(video=0):
+            if packet.size:
+                packet.pts, packet.dts, packet.stream = packet.pts - 10 * 512, packet.dts - 10 * 512, stream
+                cut.mux(packet)
+    with av.open(path) as container:
+        shown = [read_number(to_chw(frame)) for frame in container.decode(video=0)]
+    assert [read_number(f) for f in decode(path, lambda n: [0, 3, 20, 40])] == [shown[i] for i in (0, 3, 20, 40)]
+
+
 def test_the_last_frame_is_held_where_a_video_ends_before_the_clip(tmp_path):
     path = write_numbered(tmp_path / "v.mp4", count=10)
     assert [read_number(f) for f in decode(path, lambda n: [4, 8, 12, 16])] == [4, 8, 9, 9]
@@ -419,7 +473,9 @@ def damaged_files(folder):
 
 
 def test_damaged_files_end_in_a_sentence_that_gives_the_reason(tmp_path):
-    for path, word in damaged_files(tmp_path):
+    foreign = tmp_path / "codec.mp4"
+    foreign.write_bytes(Path(write_numbered(tmp_path / "v.mp4")).read_bytes().replace(b"avc1", b"zzz9"))
+    for path, word in [*damaged_files(tmp_path), (foreign, "known codec")]:
         with pytest.raises(VideoError, match=word):
             decode(str(path), lambda n: pretraining_frames(n, 16, 4))
 
@@ -503,13 +559,18 @@ def test_videos_are_found_in_class_folders_flat_folders_and_lists(tmp_path):
     flat = find_videos(tmp_path / "set" / "wave")
     assert flat.labels == [-1, -1] and flat.classes == 0
     (tmp_path / "list.csv").write_text("set/wave/a b.mp4 7\n\nset/wave/c.webm\ngone.mp4 1\nset/wave/c.webm cat\n"
-                                       f"{tmp_path}/set/clap/deep/d.avi\t0\n")
+                                       f"{tmp_path}/set/clap/deep/d.avi\t0\n", encoding="utf-8-sig")
     found = find_videos(tmp_path / "list.csv")
     assert [Path(p).name for p in found.paths] == ["a b.mp4", "c.webm", "d.avi"] and found.labels == [7, -1, 0]
-    assert 'line 4, "gone.mp4 1": there is no file' in found.passed_over[0]
-    assert 'line 5, "set/wave/c.webm cat": the label "cat" is not a whole number' in found.passed_over[1]
+    assert 'line 4, "gone.mp4 1": there is no such file' in found.passed_over[0]
+    assert 'line 5, "set/wave/c.webm cat": its label is not a whole number' in found.passed_over[1]
     with pytest.raises(UserError, match="found nothing at"):
         find_videos(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="found a video at"):
+        find_videos(tmp_path / "set" / "wave" / "c.webm")
+    (tmp_path / "noise.bin").write_bytes(bytes(range(256)))
+    with pytest.raises(UserError, match="folder or list that can be read"):
+        find_videos(tmp_path / "noise.bin")
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="expected videos in .*, found none"):
         find_videos(tmp_path / "none")
@@ -581,13 +642,14 @@ def test_a_finished_run_leaves_results_and_pictures(here, capsys):
         assert text in shown
 
 
-def test_sigterm_saves_and_ends_cleanly(here):
-    process = subprocess.Popen([sys.executable, str(HERE / "train.py"), "--epochs", "100000", "--out", "stopped"],
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    while not Path("stopped/log.jsonl").exists():
+def test_sigterm_to_all_processes_saves_and_ends_cleanly(here):
+    process = subprocess.Popen([sys.executable, str(HERE / "train.py"), "--epochs", "100000", "--workers", "2", "--out",
+                                "stopped"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                               start_new_session=True)
+    while not Path("stopped/log.jsonl").exists() or not log_of("stopped"):
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)                                              # the loader's workers get it too
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "go on with --resume stopped" in text
     assert torch.load("stopped/last.pt", weights_only=True)["step"] >= 10
@@ -599,8 +661,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     good = Path("nan/last.pt").read_bytes()
     checkpoint = torch.load("nan/last.pt", weights_only=True)
     checkpoint["model"]["encoder.norm.bias"][0] = math.nan
-    torch.save(checkpoint, "poisoned.pt")
-    assert train.main(["--resume", "poisoned.pt", "--out", "nan"]) == 1
+    torch.save(checkpoint, "nan/poisoned.pt")
+    assert train.main(["--resume", "nan/poisoned.pt"]) == 1
     assert re.search(r"error: expected a finite loss .* at step 3", capsys.readouterr().err)
     assert Path("nan/last.pt").read_bytes() == good
 
@@ -647,12 +709,14 @@ def test_wrong_usage_ends_in_one_sentence_and_code_2(here, capsys):
             (["--data", "bad.csv"], 'line 1, "nothing.mp4 0"'),
             (["--resume", "nowhere"], "expected a checkpoint, found no file nowhere"),
             (["--init", "junk.pt"], "expected a checkpoint of train.py in junk.pt, found something else"),
-            (["--init", "taken/last.pt", "--target", "pixel", "--out", "x"], "7 names that differ"),
+            (["--init", "taken/last.pt", "--target", "pixel", "--out", "x"], "in taken/last.pt, found 7 names that differ"),
             (["--resume", "taken", "--epochs", "9"], "the run's own --epochs 1, found 9"),
-            (["--resume", "taken", "--batch-size", "8"], "global batch of 32 clips, found 1 processes x 8 clips x 1 accumulated = 8"),
+            (["--resume", "taken", "--batch-size", "8"], "global batch of 32, found 8 (1 processes x 8 clips x 1 accumulated = 8)"),
             (["--out", "taken"], "found a checkpoint in taken"),
             (["--batch-size", "65"], "global batch of 1 processes x 65 clips x 1 accumulated = 65, found 64"),
-            (["--size", "30"], "divisible by the tube (4, 8, 8), found 8 and 30")):
+            (["--size", "30"], "divisible by the tube (4, 8, 8), found 8 and 30"),
+            (["--size", "8"], "found 1 x 1 tubes in a frame"),
+            (["--out", "bad.csv"], "expected a folder as --out, found the file bad.csv")):
         assert train.main(arguments) == 2, arguments
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: ") and message in error, error

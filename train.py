@@ -16,9 +16,11 @@ import math
 import os
 import resource
 import signal
+import statistics
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -27,6 +29,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.benchmark import Timer
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -34,7 +37,7 @@ from data import RETRIES, Clips, Order, UserError, centre_crop, find_videos, loa
 from sigma import SIZES, build_model, sinkhorn, take_tubes, training_flops, tube_mask
 
 RECIPES = {                            # every default lives here; "toy" goes with --model tiny, "video" with the others
-    "toy": dict(frames=8, stride=1, size=32, ratio=0.75, epochs=30, batch_size=64, lr=8e-3, warmup=1, workers=0),
+    "toy": dict(frames=8, stride=1, size=32, ratio=0.75, epochs=20, batch_size=64, lr=6e-3, warmup=1, workers=0),
     "video": dict(frames=16, stride=4, size=224, ratio=0.9, epochs=800, batch_size=32, lr=1.5e-4, warmup=40,
                   workers=min(8, os.cpu_count())),                           # the paper's recipe for Kinetics-400
 }
@@ -51,65 +54,70 @@ class RunError(Exception):
 
 # --- The command line -------------------------------------------------------------------------------------------------
 
-def at_least(least, kind):
-    """An argparse type: finite numbers of a kind from `least` on."""
-    def convert(text):
-        if not least <= kind(text) < math.inf:
-            raise ValueError
-        return kind(text)
-    convert.__name__ = f"{kind.__name__} (at least {least})"
-    return convert
-
-
 def parse(argv):
+    """The flags that were given, as a dictionary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
 
-    def flag(name, help, **options):
-        values = [str(recipe[name]) for recipe in RECIPES.values() if name in recipe]
-        default = f" (default: {' with tiny, else '.join(values)})" if values else ""
-        parser.add_argument("--" + name.replace("_", "-"), help=help + default, **options)
+    def flag(name, help, least=None, kind=int, **options):
+        def number(text):
+            if not least <= kind(text) < math.inf:
+                raise ValueError
+            return kind(text)
+
+        if least is not None:
+            number.__name__ = f"{kind.__name__} (at least {least})"
+            options["type"] = number
+        defaults = [str(recipe[name]) for recipe in RECIPES.values() if name in recipe]
+        help += f" (default: {' with tiny, else '.join(defaults)})" if defaults else ""
+        parser.add_argument("--" + name.replace("_", "-"), help=help, **options)
 
     flag("data", "toy, a folder of videos, or a list file (default: toy)")
     flag("model", "size of the networks (default: tiny for toy, else base)", choices=SIZES)
     flag("target", "mlp: SIGMA-MLP; pixel: the VideoMAE baseline (default: mlp)", choices=["mlp", "pixel"])
-    flag("frames", "frames of a clip", type=at_least(1, int))
-    flag("stride", "frames of the video from one frame of the clip to the next", type=at_least(1, int))
-    flag("size", "pixels of a clip's side", type=at_least(1, int))
-    flag("epochs", "passes over the data; the schedule stretches with them", type=at_least(1, int))
-    flag("batch_size", "clips at a time in one process: as many as its memory holds", type=at_least(1, int))
-    flag("accum", "batches added up to one step; Sinkhorn sees one at a time (default: 1)", type=at_least(1, int))
-    flag("lr", "learning rate for a global batch of 256, scaled to yours", type=at_least(0, float))
+    flag("frames", "frames of a clip", 1)
+    flag("stride", "frames of the video from one frame of the clip to the next", 1)
+    flag("size", "pixels of a clip's side", 1)
+    flag("epochs", "passes over the data; the schedule stretches with them", 1)
+    flag("batch_size", "clips at a time in one process: as many as its memory holds", 1)
+    flag("accum", "batches added up to one step; Sinkhorn sees one at a time (default: 1)", 1)
+    flag("lr", "learning rate for a global batch of 256, scaled to yours", 0, float)
     flag("amp", "autocast (default: bf16 on a GPU that has it, else off)", choices=["bf16", "fp16", "off"])
-    flag("workers", "loader processes for each training process", type=at_least(0, int))
-    flag("seed", "of weights, shuffle, crops and masks (default: 0)", type=at_least(0, int))
+    flag("workers", "loader processes for each training process", 0)
+    flag("seed", "of weights, shuffle, crops and masks (default: 0)", 0)
     flag("out", "folder of the run (default: out/<data>-<model>-<target>)")
     flag("resume", "folder or checkpoint of a run: go on exactly where it stopped")
-    flag("init", "checkpoint: start a new run from its weights")
-    flag("max_steps", "stop and save after this many steps of the schedule", type=at_least(1, int))
+    flag("init", "folder or checkpoint of a run: start a new one from its weights")
+    flag("max_steps", "stop and save after this many steps of the schedule", 1)
     flag("bench", "measure loader, training step and Sinkhorn on this machine; train nothing", action="store_true")
     return vars(parser.parse_args(argv))
 
 
 def configure(given):
     """The run's settings, a plain dictionary: recipe, then flags; and the checkpoint that it goes on from, or None."""
+    checkpoint = None
     if "resume" in given:
-        path = Path(given["resume"])
-        path = path / "last.pt" if path.is_dir() else path
-        checkpoint = read_checkpoint(path)
+        path, checkpoint = read_checkpoint(given["resume"])
         config = checkpoint["config"] | {"out": str(path.parent)}
-        fixed = {"data", "model", "target", "frames", "stride", "size", "epochs", "lr", "seed", "init"}
-        for name in sorted(fixed & set(given)):
-            if given[name] != config.get(name):
-                raise UserError(f"--resume keeps the run's own --{name} {config.get(name)}, found {given[name]}: "
-                                "leave it out, or start a new run from the weights with --init")
+        for name in ("model", "target", "frames", "stride", "size", "epochs", "lr", "seed", "amp"):
+            if name in given and given[name] != config[name]:
+                raise UserError(f"--resume keeps the run's own --{name} {config[name]}, found {given[name]}: leave it out, "
+                                "or start a new run from the weights with --init")
     else:
-        checkpoint, data = None, given.get("data", "toy")
+        data = given.get("data", "toy")
         model = given.get("model", "tiny" if data == "toy" else "base")
         config = COMMON | RECIPES["toy" if model == "tiny" else "video"] | dict(data=data, model=model)
+        if data == "toy" and "bench" not in given:                       # whatever the model, the clips are as they are
+            config |= {name: RECIPES["toy"][name] for name in ("frames", "stride", "size", "ratio", "workers")}
     config |= {name: value for name, value in given.items() if name not in ("resume", "init", "max_steps", "bench")}
-    name = Path(config["data"]).resolve().stem
-    return {"out": f"out/{name}-{config['model']}-{config['target']}"} | config, checkpoint
+    config = {"out": f"out/{Path(config['data']).resolve().stem}-{config['model']}-{config['target']}"} | config
+    out = Path(config["out"])
+    if (out / "last.pt").exists() and "bench" not in given and not (checkpoint and out.samefile(path.parent)):
+        raise UserError(f"expected a new folder for a new run, found a checkpoint in {out}: go on with --resume {out}, "
+                        "or choose another --out")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"expected a folder as --out, found the file {out}: choose another name")
+    return config, checkpoint
 
 
 # --- Parts of a run ---------------------------------------------------------------------------------------------------
@@ -146,7 +154,8 @@ class Processes:
 def precision(name, device):
     """autocast's dtype for --amp; None is off."""
     if name is None:
-        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "off"
+        gpu = device.type == "cuda"
+        name = "bf16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "off"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[name]
 
 
@@ -180,6 +189,19 @@ def endless(data, order, step, steps_per_epoch, accum):
         step = (order.epoch + 1) * steps_per_epoch
 
 
+@contextmanager
+def stop_requests():
+    """Yields a list to which SIGTERM and Ctrl-C add, instead of ending the process."""
+    requests = []
+    before = {name: signal.signal(name, lambda number, frame: requests.append(number))
+              for name in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield requests
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
 def write_whole(path, write):
     """Calls write(file) on a file of another name, which takes the name `path` once all of it is on the disk."""
     draft = path.with_name(path.name + ".tmp")
@@ -191,15 +213,16 @@ def write_whole(path, write):
         draft.replace(path)
     except (OSError, RuntimeError) as error:                          # torch.save turns a full disk into the latter
         draft.unlink(missing_ok=True)
-        raise RunError(f"expected to write {path}, found {error}: make room, then --resume; what was in {path} before "
-                       "is untouched") from None
+        raise RunError(f"expected to write {path}, found {error}: make room and try again; what was in {path} before is "
+                       "untouched") from None
 
 
 def read_checkpoint(path):
-    """One of our checkpoints as a dictionary, read without running any code that the file may hold."""
+    """One of our checkpoints, given by its path or its run's folder, read without running any code that it may hold."""
+    path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: checkpoint[name] for name in ("model", "optimizer", "scaler", "step", "epoch", "rng", "config")}
+        return path, {name: checkpoint[name] for name in ("model", "optimizer", "scaler", "step", "rng", "config")}
     except FileNotFoundError:
         raise UserError(f"expected a checkpoint, found no file {path}: give a run's folder or its last.pt") from None
     except Exception as error:                                        # whatever a foreign or damaged file brings about
@@ -211,11 +234,11 @@ def read_checkpoint(path):
 def load_weights(model, weights, path):
     """Puts weights into the model, all of them or none."""
     found, expected = ({name: tuple(value.shape) for name, value in w.items()} for w in (weights, model.state_dict()))
-    differ = [f"{name} (expected {expected.get(name, 'none')}, found {found.get(name, 'none')})"
+    differ = [f"{name} {expected.get(name, 'none')} / {found.get(name, 'none')}"
               for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
     if differ:
-        raise UserError(f"expected weights of this --model and --target, found {len(differ)} names that differ in {path}; "
-                        f"give its own: {', '.join(differ[:20])}{', ...' * (len(differ) > 20)}")
+        raise UserError(f"expected weights of this --model and --target in {path}, found {len(differ)} names that differ "
+                        f"(expected / found): {', '.join(differ[:20])}{', ...' * (len(differ) > 20)}; give its own flags")
     model.load_state_dict(weights)
 
 
@@ -224,13 +247,10 @@ def load_weights(model, weights, path):
 def pretrain(config, checkpoint, init, max_steps, processes):
     """Sets a run up, says what it is going to do, trains, and shows what was learned."""
     c, say, out = argparse.Namespace(**config), processes.say, Path(config["out"])
-    if checkpoint is None and (out / "last.pt").exists():
-        raise UserError(f"expected a new folder for a new run, found a checkpoint in {out}: go on with --resume {out}, "
-                        "or choose another --out")
     torch.manual_seed(c.seed)
     model = build_model(c.model, target=c.target)
     if checkpoint or init:
-        load_weights(model, (checkpoint or read_checkpoint(init))["model"], init or out)
+        load_weights(model, (checkpoint or read_checkpoint(init)[1])["model"], init or out)
     clips = make_clips(c, model.encoder.tube)
     order = Order(len(clips), c.batch_size, processes.rank, processes.world, c.seed, c.accum)
     global_batch, per_epoch = c.batch_size * processes.world * c.accum, order.steps // c.accum
@@ -238,12 +258,13 @@ def pretrain(config, checkpoint, init, max_steps, processes):
     if per_epoch == 0:
         raise UserError(f"expected enough clips for a global batch of {product}, found {len(clips)}: lower "
                         "--batch-size or --accum, or give more videos")
-    if checkpoint and config["global_batch"] != global_batch:
-        raise UserError(f"expected the run's global batch of {config['global_batch']} clips, found {product}: "
-                        "change a factor")
+    for name, value in (("global_batch", global_batch), ("clips", len(clips))):
+        if checkpoint and config[name] != value:
+            raise UserError(f"expected the run's {name.replace('_', ' ')} of {config[name]}, found {value} ({product}): "
+                            "--resume needs the same, --init does not")
     steps, peak_lr = per_epoch * c.epochs, c.lr * global_batch / 256
     warmup = int(per_epoch * min(c.warmup, c.epochs / 10))           # the recipe's, at most a tenth of the run
-    config |= dict(global_batch=global_batch, steps=steps, peak_lr=peak_lr, warmup_steps=warmup)
+    config |= dict(global_batch=global_batch, clips=len(clips), steps=steps, peak_lr=peak_lr, warmup_steps=warmup)
     dtype = precision(c.amp, processes.device)
 
     videos = clips.videos
@@ -281,93 +302,100 @@ def fit(model, clips, order, config, checkpoint, max_steps, dtype, processes):
     if checkpoint:
         step = checkpoint["step"]
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        torch.set_rng_state(checkpoint["rng"])
+        if checkpoint["scaler"]:
+            scaler.load_state_dict(checkpoint["scaler"])
+        torch.set_rng_state(checkpoint["rng"]["cpu"])
+        if checkpoint["rng"]["cuda"] is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
     parallel = model
     if processes.world > 1:
-        parallel = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
-    stopped = []
-    handlers = {name: signal.signal(name, lambda number, frame: stopped.append(number))
-                for name in (signal.SIGTERM, signal.SIGINT)}
+        parallel = DistributedDataParallel(model)         # without device_ids, which would move the masks to the GPU
 
     def save():
         if processes.rank == 0:
+            rng = dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if device.type == "cuda" else None)
             write_whole(out / "last.pt", lambda file: torch.save(dict(
                 model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
-                epoch=step * c.epochs // c.steps, rng=torch.get_rng_state(), config=config), file))
+                epoch=step * c.epochs // c.steps, rng=rng, config=config), file))
 
+    log = out / "log.jsonl"
     if processes.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
+        lines = log.read_text().splitlines(keepends=True) if checkpoint and log.exists() else []
+        log.write_text("".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step))
+    if not checkpoint:
+        save()                                                             # a place that can't be written to shows now
+    data = endless(loader(clips, c.batch_size, order, c.workers, device), order, step, c.steps // c.epochs, c.accum)
     last, recent, unreadable, found, hopeless = min(c.steps, max_steps or c.steps), [], {}, {}, False
-    batches = endless(loader(clips, c.batch_size, order, c.workers, device), order, step, c.steps // c.epochs, c.accum)
-    bar = tqdm(total=c.steps, initial=step, unit="step", disable=processes.rank > 0, dynamic_ncols=True)
     logged, saved, waited = time.monotonic(), time.monotonic(), 0.0
-    while step < last:
-        rate = learning_rate(step, c.steps, c.warmup_steps, c.peak_lr, FINAL_LR * c.global_batch / 256)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        for part in range(1, c.accum + 1):
-            asked = time.monotonic()
-            video, mask, _, _, bad = next(batches)
-            waited += time.monotonic() - asked
-            found |= {path: reason for sample in bad for path, reason in sample}
-            hopeless |= any(len(sample) == RETRIES for sample in bad)
-            with parallel.no_sync() if processes.world > 1 and part < c.accum else nullcontext():
-                with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                    loss, stats = parallel(normalise(video, device), mask)
-                scaler.scale(loss / c.accum).backward()
-        scaler.unscale_(optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        step += 1
-        recent.append({"loss": loss.detach(), "grad_norm": norm} | {k: v for k, v in stats.items() if v.ndim == 0})
-        bar.update(1)
-        alone, impatient = processes.world == 1, time.monotonic() - logged > 10       # several must log at the same steps
-        if step % LOG_EVERY and step < last and not (alone and (stopped or impatient)):
-            continue
+    with stop_requests() as stopped, tqdm(total=c.steps, initial=step, unit="step", disable=processes.rank > 0,
+                                          dynamic_ncols=True) as bar:
+        while step < last:
+            rate = learning_rate(step, c.steps, c.warmup_steps, c.peak_lr, FINAL_LR * c.global_batch / 256)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            total = 0.0
+            for part in range(1, c.accum + 1):
+                asked = time.monotonic()
+                video, mask, _, _, bad = next(data)
+                waited += time.monotonic() - asked
+                found |= {path: reason for sample in bad for path, reason in sample}
+                hopeless |= any(len(sample) == RETRIES for sample in bad)
+                with parallel.no_sync() if processes.world > 1 and part < c.accum else nullcontext():
+                    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                        loss, stats = parallel(normalise(video, device), mask)
+                    scaler.scale(loss / c.accum).backward()
+                total = total + loss.detach() / c.accum
+            scaler.unscale_(optimizer)
+            norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            step += 1
+            recent.append({"loss": total, "grad_norm": norm} | {k: v for k, v in stats.items() if v.ndim == 0})
+            bar.update(1)
+            alone, impatient = processes.world == 1, time.monotonic() - logged > 10  # several must log at the same step
+            if step % LOG_EVERY and step < last and not (alone and (stopped or impatient)):
+                continue
 
-        # A log line: means over the steps since the last one, and over the ranks.
-        names = list(recent[0])
-        rows = torch.stack([torch.stack([line[name].float() for name in names]) for line in recent])  # steps x numbers
-        if processes.world > 1:
-            dist.all_reduce(rows)
-        rows, recent = (rows / processes.world).tolist(), []
-        for number, row in enumerate(rows, start=step - len(rows) + 1):
-            if not all(map(math.isfinite, row[:1] if scaler.is_enabled() else row)):    # fp16 skips infinite gradients
-                raise RunError(f"expected a finite loss and gradient, found loss {row[0]} and norm {row[1]} at step "
-                               f"{number}: the last good checkpoint is untouched, start from it with --init "
-                               f"{out / 'last.pt'} and a lower --lr, or with --amp off")
-        now, everyone = time.monotonic(), processes.gather((bool(stopped), hopeless, found))
-        line = {"step": step, "epoch": step * c.epochs / c.steps, "lr": rate}
-        line |= {name: sum(values) / len(rows) for name, values in zip(names, zip(*rows))}
-        line |= {"clips_per_second": len(rows) * c.global_batch / (now - logged), "data_wait": waited / (now - logged)}
-        bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['clips_per_second']:.3g} clips/s, "
-                            f"{line['data_wait']:.0%} waiting for data")
-        logged, waited = now, 0.0
-        for path, reason in ((path, reason) for *_, theirs in everyone for path, reason in theirs.items()):
-            if path not in unreadable:
-                unreadable[path] = reason
+            # A log line: means over the steps since the last one, and over the ranks.
+            names = list(recent[0])
+            rows = torch.stack([torch.stack([line[name].float() for name in names]) for line in recent])
+            if processes.world > 1:
+                dist.all_reduce(rows)
+            rows, recent = (rows / processes.world).tolist(), []                                     # steps x numbers
+            now, everyone = time.monotonic(), processes.gather((bool(stopped), hopeless, found))
+            new = {path: reason for *_, theirs in everyone for path, reason in theirs.items() if path not in unreadable}
+            unreadable, found = unreadable | new, {}
+            for path, reason in new.items():
                 processes.say(f"unreadable video {path}: {reason}; another clip takes its place")
-        stop, hopeless, found = any(flag for flag, *_ in everyone), any(flag for _, flag, _ in everyone), {}
-        if processes.rank == 0:
-            with open(out / "log.jsonl", "a") as file:
-                file.write(json.dumps(line | {"unreadable_videos": len(unreadable)}) + "\n")
-        too_many = hopeless or len(unreadable) > max(TOLERATED, len(clips) // 100)
-        if step == last or stop or too_many or now - saved > SAVE_SECONDS:
-            save()
-            saved = now
-        if too_many:
-            raise RunError(f"expected at most 1% unreadable videos, found {len(unreadable)} of {len(clips):,} so far: "
-                           f"mend or remove those named above, then --resume {out}")
-        if stop:
-            break
-    bar.close()
-    for name, handler in handlers.items():
-        signal.signal(name, handler)
+            line = {"step": step, "epoch": step * c.epochs / c.steps, "lr": rate}
+            line |= {name: sum(values) / len(rows) for name, values in zip(names, zip(*rows))}
+            line |= {"clips_per_second": len(rows) * c.global_batch / (now - logged), "data_wait": waited / (now - logged),
+                     "unreadable_videos": len(unreadable)}
+            logged, waited = now, 0.0
+            bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['clips_per_second']:.3g} clips/s, "
+                                f"{line['data_wait']:.0%} waiting for data")
+            if processes.rank == 0:
+                with open(log, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+            for number, row in enumerate(rows, start=step - len(rows) + 1):
+                if not all(map(math.isfinite, row[:1] if scaler.is_enabled() else row)):   # fp16 skips infinite gradients
+                    raise RunError(f"expected a finite loss and gradient, found loss {row[0]} and norm {row[1]} at step "
+                                   f"{number}: the last good checkpoint is untouched, start a new run from it with --init "
+                                   f"{out / 'last.pt'}, another --out and a lower --lr or --amp off")
+            too_many = any(each for _, each, _ in everyone) or len(unreadable) > max(TOLERATED, len(clips) // 100)
+            stop = any(each for each, *_ in everyone)
+            if step == last or stop or too_many or now - saved > SAVE_SECONDS:
+                save()
+                saved = now
+            if too_many:
+                raise RunError(f"expected at most 1% unreadable videos, found {len(unreadable)} of {len(clips):,} so far: "
+                               f"mend those named above and --resume {out}, or start a new run without them")
+            if stop:
+                break
     if step < c.steps:
-        processes.say(f"stopped after step {step:,} of {c.steps:,} and saved; go on with --resume {out}")
+        processes.say(f"stopped after step {step:,} of {c.steps:,}; go on with --resume {out}")
     return step == c.steps
 
 
@@ -387,20 +415,12 @@ def pooled_features(encoder, clips, device):
 
 
 def linear_probe(train, train_labels, test, test_labels):
-    """Top-1 of a logistic regression on frozen features, which the training set's mean and deviation standardise."""
+    """Top-1 of ridge regression to one-hot labels from frozen features, standardised by the training set."""
     mean, std = train.mean(dim=0), train.std(dim=0) + 1e-6
-    train, test = (train - mean) / std, (test - mean) / std
-    weight = torch.zeros(train.shape[1] + 1, int(train_labels.max()) + 1, requires_grad=True)         # last row: bias
-    optimizer = torch.optim.LBFGS([weight], max_iter=300, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(train @ weight[:-1] + weight[-1], train_labels) + 1e-3 * weight[:-1].square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return ((test @ weight[:-1] + weight[-1]).argmax(dim=1) == test_labels).float().mean().item()
+    train, test, targets = (train - mean) / std, (test - mean) / std, F.one_hot(train_labels).float()
+    covariance = train.T @ train + 10 * torch.eye(train.shape[1])
+    weight = torch.linalg.solve(covariance, train.T @ (targets - targets.mean(dim=0)))
+    return ((test @ weight + targets.mean(dim=0)).argmax(dim=1) == test_labels).float().mean().item()
 
 
 def nearest_neighbours(train, train_labels, test, test_labels, k=20, temperature=0.07):
@@ -418,10 +438,15 @@ def picture(path, rows, height):
     return path
 
 
-def show_masks(path, clips, number=3):
-    """Clips, up to eight frames of each, and below each the same with its hidden tubes in grey."""
+def sample(clips, number):
+    """Keys of up to `number` clips, spread over the whole set."""
+    return [(0, i) for i in torch.linspace(0, len(clips) - 1, min(number, len(clips))).long().tolist()]
+
+
+def show_masks(path, clips):
+    """Three clips, up to eight frames of each, and below each the same with its hidden tubes in grey."""
     rows = []
-    for video, mask, *_ in (clips[0, index] for index in range(min(number, len(clips)))):
+    for video, mask, *_ in map(clips.__getitem__, sample(clips, 3)):
         hidden = mask.view(1, *clips.grid)
         for axis, step in enumerate(clips.tube, start=1):
             hidden = hidden.repeat_interleave(step, dim=axis)                                                 # 1 T S S
@@ -431,34 +456,32 @@ def show_masks(path, clips, number=3):
 
 @torch.no_grad()
 def show_prototypes(path, model, clips, device, number=12, nearest=8):
-    """For some of the most used prototypes a row of the real tubes nearest to each, all from different clips."""
-    videos = torch.stack([clips[0, index][0] for index in range(min(256, len(clips)))])
-    tubes = take_tubes(videos, clips.tube)                                                                # B N 3 p q r
-    everything, scores = torch.arange(tubes.shape[1], device=device)[None], []
-    for video in videos.split(8):
-        features = model.embed(normalise(video, device), everything.expand(len(video), -1))                      # b N E
-        scores.append(model.compare(features, features)[1].view(*features.shape[:2], -1).cpu())                  # b N K
-    scores = torch.cat(scores)                                                                                   # B N K
-    popular = scores.flatten(0, 1).argmax(dim=1).bincount(minlength=scores.shape[2]).argsort(descending=True)[:number]
-    best, place = scores[..., popular].max(dim=1)                                  # a clip's nearest tube: B prototypes
-    clip = best.topk(min(nearest, len(videos)), dim=0).indices                             # nearest clips: n prototypes
-    found = tubes[clip, place.gather(0, clip)]                                               # n prototypes 3 p q r
+    """A row for each of the most used prototypes: the real tubes nearest to it, each from another of 256 clips."""
+    tubes, best, places, use = [], [], [], 0
+    for video, *_ in loader(clips, 8, sample(clips, 256), workers=0):
+        tubes.append(take_tubes(video, clips.tube))                                                       # b N 3 p q r
+        everything = torch.arange(tubes[-1].shape[1], device=device).expand(len(video), -1)
+        features = model.embed(normalise(video, device), everything)                                            # b N E
+        scores = model.compare(features, features)[1].view(*features.shape[:2], -1).cpu()                       # b N K
+        use = use + scores.argmax(dim=2).flatten().bincount(minlength=scores.shape[2])
+        for values, kept in zip(scores.max(dim=1), (best, places)):                      # each clip's nearest tube: b K
+            kept.append(values)
+    tubes, best, places = torch.cat(tubes), torch.cat(best), torch.cat(places)
+    popular = use.argsort(descending=True)[:number]
+    clip = best[:, popular].topk(min(nearest, len(best)), dim=0).indices                       # nearest clips: n number
+    found = tubes[clip, places[:, popular].gather(0, clip)]                                     # n number 3 p q r
     return picture(path, rearrange(found, "n k c p q r -> k n c q (p r)"), height=48)
 
 
 def show(model, clips, config, device):
-    """Pictures, results.json and, on the toy set, linear probe and k-NN of the untrained and of the trained encoder."""
-    c, out = argparse.Namespace(**config), Path(config["out"])
-    files, results = [out / "last.pt", out / "log.jsonl", out / "results.json"], {"config": config}
-    files.append(show_masks(out / "masks.png", clips))
-    if c.target != "pixel":
-        files.append(show_prototypes(out / "prototypes.png", model, clips, device))
+    """On the toy set linear probe and k-NN of the untrained and of the trained encoder; results.json; pictures."""
+    c, out, results = argparse.Namespace(**config), Path(config["out"]), {"config": config}
     if c.data == "toy":
-        val = make_clips(c, clips.tube, "val")
+        val = make_clips(c, clips.tube, "val", cache={})
         torch.manual_seed(c.seed)
         encoders = {"untrained": build_model(c.model, target=c.target).to(device).encoder, "trained": model.encoder}
         protocol = (f"frozen encoder, mean over tokens; {len(clips):,} training and {len(val):,} held-out clips, one "
-                    "view each; probe: logistic regression; k-NN: cosine, k = 20, temperature 0.07; chance 12.5%")
+                    "view each; probe: ridge regression; k-NN: cosine, k = 20, temperature 0.07; chance 12.5%")
         results["protocol"] = protocol
         tqdm.write(f"top-1 on held-out clips ({protocol})\n{'':12}linear probe    k-NN")
         for name, encoder in encoders.items():
@@ -466,21 +489,19 @@ def show(model, clips, config, device):
             results[name] = {"linear_probe": linear_probe(*features), "knn": nearest_neighbours(*features)}
             tqdm.write(f"{name:12}{results[name]['linear_probe']:12.1%}{results[name]['knn']:8.1%}")
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    files = [out / "last.pt", out / "log.jsonl", out / "results.json", show_masks(out / "masks.png", clips)]
+    if c.target != "pixel":
+        files.append(show_prototypes(out / "prototypes.png", model, clips, device))
     tqdm.write("wrote " + ", ".join(map(str, files)))
 
 
 # --- Benchmark --------------------------------------------------------------------------------------------------------
 
-def seconds(work, device, repeat=5):
-    """Median time of work(), after one call that doesn't count."""
-    times = []
-    for _ in range(repeat + 1):
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return sorted(times[1:])[repeat // 2]
+def seconds(work, repeat=5):
+    """Median time of work(), the GPU's share included."""
+    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+    timer.timeit(1)
+    return statistics.median(timer.timeit(1).mean for _ in range(repeat))
 
 
 def bench(config, device):
@@ -489,7 +510,7 @@ def bench(config, device):
     dtype = precision(c.amp, device)
     model = build_model(c.model, target=c.target).to(device)
     clips = make_clips(c, model.encoder.tube, cache=None)
-    batches = iter(loader(clips, 4, [(epoch, i) for epoch in range(1000) for i in range(len(clips))], workers=1))
+    batches = iter(loader(clips, 4, ((epoch, i) for epoch in count() for i in range(len(clips))), workers=1))
     next(batches)                                                                       # the worker has started
     start, read = time.perf_counter(), 0
     while (spent := time.perf_counter() - start) < 10:
@@ -526,7 +547,7 @@ def bench(config, device):
         tubes, prototypes = (F.normalize(torch.randn(n, 64, device=device), dim=1)
                              for n in (int(mask.sum()), len(model.prototypes)))
         scores, vector = tubes @ prototypes.T, torch.rand(len(prototypes), device=device)
-        ratio = seconds(lambda: sinkhorn(scores), device) / seconds(lambda: scores @ vector, device)
+        ratio = seconds(lambda: sinkhorn(scores)) / seconds(lambda: scores @ vector)
         row("Sinkhorn", f"{ratio:.0f} products", f"of the {len(tubes):,} x {len(prototypes):,} scores with a vector")
     peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     row("peak memory", f"{peak / 2 ** 30:.2f} GiB", "of the GPU" if gpu else "of the process")
@@ -547,9 +568,13 @@ def main(argv=None):
         else:
             pretrain(config, checkpoint, given.get("init"), given.get("max_steps"), processes)
         return 0
-    except (UserError, RunError, OSError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr)
+    except (UserError, RunError, OSError, torch.OutOfMemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            error = "expected the batch to fit into the GPU's memory, it did not: lower --batch-size and raise --accum"
+        rank = int(os.environ.get("RANK", 0))
+        if rank:                            # what all ranks find wrong the first one says, and torchrun ends the others
+            time.sleep(3)
+        print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     finally:
         if dist.is_initialized():
