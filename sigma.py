@@ -38,7 +38,7 @@ def positions(n, dim):
 
 
 def tube_mask(batch, grid, ratio=0.9, generator=None):
-    """Random tube masks (paper section 3; VideoMAE): (batch, t*h*w) bool on the CPU, True where hidden.
+    """Random tube masks (paper, method section; VideoMAE): (batch, t*h*w) bool on the CPU, True where hidden.
 
     Each clip hides int(ratio * h*w) places of its own choice, the same in all t time slices, so that a hidden tube
     can't be copied from the slice before. Every clip hides the same number: the visible ones form one dense batch.
@@ -143,11 +143,10 @@ class TubeEmbedding(nn.Module):
 
 def init_linear(module):
     """Xavier-uniform weights and zero biases for every linear layer within; LayerNorm already starts at 1 and 0."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.xavier_uniform_(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+    for layer in (layer for layer in module.modules() if isinstance(layer, nn.Linear)):
+        nn.init.xavier_uniform_(layer.weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
 
 
 class PositionTable(nn.Module):
@@ -226,7 +225,7 @@ def at_least_fp32(x):
 
 @torch.no_grad()                                                     # an assignment is a target: no gradient through it
 def sinkhorn(scores, eps=0.05, iters=10):
-    """Soft assignment of N tubes to K prototypes that uses all prototypes equally (paper section 3.2; SwAV).
+    """Soft assignment of N tubes to K prototypes that uses all prototypes equally (paper, method section; SwAV).
 
     scores: (N, K), cosines in [-1, 1], or a list of several such; those share each iteration's all-reduce. Under
     torch.distributed N is this rank's part, and balance holds over all ranks' tubes. Returns the same shape(s), in
@@ -264,7 +263,7 @@ def sinkhorn(scores, eps=0.05, iters=10):
 
 
 def symmetric_loss(video_scores, target_scores, video_assignment, target_assignment, temperature=0.1):
-    """Each branch predicts the other's prototype (paper eq. 5): cross-entropy both ways, means over tubes.
+    """Each branch predicts the other's prototype (paper, method section): cross-entropy both ways, means over tubes.
 
     Scores (N, K) are cosines to the prototypes, assignments (N,) the index of each tube's prototype, temperature > 0.
     Returns the loss and its two terms {"target_term", "video_term"}, detached, each about ln K at the start.
@@ -348,10 +347,9 @@ class SIGMA(nn.Module):
     def embed(self, video, hidden, features=None):
         """The projection network: the true content of the tubes at hidden (B, M) as features, (B, M, E)."""
         if self.target == "dino":
-            n, dim = math.prod(video.shape[2:]) // math.prod(self.encoder.tube), self.prototypes.shape[1]
-            if features is None or features.shape != (len(video), n, dim):
-                raise ValueError(f'target "dino" needs features of all tubes, shape {(len(video), n, dim)}, '
-                                 f"found {None if features is None else tuple(features.shape)}")
+            if features is None or features.shape[::2] != (len(video), self.prototypes.shape[1]):
+                raise ValueError('target "dino" needs features of all tubes, (B, N, E); found '
+                                 f"{None if features is None else tuple(features.shape)}")
             features = standardise(at_least_fp32(features.detach()), dim=1)              # per clip and channel: B N E
             return features.take_along_dim(hidden[..., None], dim=1)                                             # B M E
         pixels = at_least_fp32(take_tubes(video, self.encoder.tube, hidden)) * self.std + self.mean       # B M 3 p q r
@@ -415,34 +413,30 @@ def walk():
     torch.manual_seed(0)
     model, mask = build_model("small"), tube_mask(1, (8, 14, 14))
     clip = F.interpolate(torch.randn(1, 3, 16, 14, 14), size=(16, 224, 224), mode="trilinear")        # smooth, no noise
-
-    def say(step, x, fact):
-        print(f"{step:34}{str(tuple(x.shape)):22}{fact}")
-
-    def size(part):
-        return f"{sum(p.numel() for p in part.parameters()):,} parameters"
-
+    size = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     with torch.no_grad():
         visible, hidden = split_mask(mask, clip.device)
         predicted, target = model.predict(clip, mask, visible, hidden), model.embed(clip, hidden)
         scores = model.compare(predicted, target)
-        soft = sinkhorn(list(scores))
-        loss, terms = symmetric_loss(*scores, *(s.argmax(dim=1) for s in soft))
-        plain = (scores[1] / 0.05).softmax(dim=1)
-        largest = [q.mean(dim=0).max().item() * q.shape[1] for q in (plain, soft[1])]
-        say("clip", clip, f"{clip.numel():,} numbers, normalised RGB")
-        say("tubes of 2 x 16 x 16", mask, f"8 x 14 x 14 of them, {3 * math.prod(model.encoder.tube)} numbers each")
-        say("  hidden by the tube mask", hidden, f"{mask.float().mean():.1%}, the same places in all 8 slices")
-        say("1 encoder: the visible tubes", model.encoder(clip, mask), size(model.encoder))
-        say("2 decoder: features predicted", predicted, size(model.decoder))
-        say("3 projector: features of pixels", target, size(model.projector))
-        for name, s in zip(("4 cosines, video to prototypes", "  cosines, target to prototypes"), scores):
-            say(name, s, f"from {s.min():+.2f} to {s.max():+.2f}")
-        say("5 Sinkhorn: balanced assignment", soft[1], f"largest prototype: {largest[1]:.2f} times its share "
-            f"(plain softmax: {largest[0]:.0f} times)")
-        say("  hard: its argmax", soft[1].argmax(dim=1), f"{len(soft[1].argmax(dim=1).unique())} prototypes in use")
-        say("6 each predicts the other's", loss, f"loss {terms['target_term']:.2f} + {terms['video_term']:.2f} = "
-            f"{loss:.2f}; by chance 2 ln K = {2 * math.log(len(model.prototypes)):.2f}")
+        soft, plain = sinkhorn(list(scores)), (scores[1] / model.eps).softmax(dim=1)
+        hard = [s.argmax(dim=1) for s in soft]
+        loss, terms = symmetric_loss(*scores, *hard)
+    largest = [q.mean(dim=0).max().item() * len(model.prototypes) for q in (soft[1], plain)]
+    for step, x, fact in (
+            ("clip", clip, f"{clip.numel():,} numbers, normalised RGB"),
+            ("tubes of 2 x 16 x 16", mask, "8 x 14 x 14 of them, 1536 numbers each"),
+            ("  hidden by the tube mask", hidden, f"{mask.float().mean():.1%}, the same places in all 8 slices"),
+            ("1 encoder: the visible tubes", model.encoder(clip, mask), f"{size['encoder']:,} parameters"),
+            ("2 decoder: features predicted", predicted, f"{size['decoder']:,} parameters"),
+            ("3 projector: features of pixels", target, f"{size['projector']:,} parameters"),
+            ("4 cosines, video to prototypes", scores[0], f"from {scores[0].min():+.2f} to {scores[0].max():+.2f}"),
+            ("  cosines, target to prototypes", scores[1], f"from {scores[1].min():+.2f} to {scores[1].max():+.2f}"),
+            ("5 Sinkhorn: balanced assignment", soft[1], "largest prototype: {:.2f} times its share (plain softmax: "
+             "{:.0f} times)".format(*largest)),
+            ("  hard: its argmax", hard[1], f"{len(hard[1].unique())} prototypes in use"),
+            ("6 each predicts the other's", loss, f"loss {terms['target_term']:.2f} + {terms['video_term']:.2f} = "
+             f"{loss:.2f}; by chance 2 ln K = {2 * math.log(len(model.prototypes)):.2f}")):
+        print(f"{step:34}{str(tuple(x.shape)):22}{fact}")
 
 
 if __name__ == "__main__":

@@ -649,7 +649,7 @@ def test_sigterm_to_all_processes_saves_and_ends_cleanly(here):
     while not Path("stopped/log.jsonl").exists() or not log_of("stopped"):
         assert process.poll() is None
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGTERM)                                              # the loader's workers get it too
+    os.killpg(process.pid, signal.SIGTERM)                                             # the loader's workers get it too
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "go on with --resume stopped" in text
     assert torch.load("stopped/last.pt", weights_only=True)["step"] >= 10
@@ -782,9 +782,10 @@ def test_torchrun_trains_on_two_processes(here):
 
 # --- README.md --------------------------------------------------------------------------------------------------------
 
-def test_each_python_snippet_of_the_readme_runs_and_prints_what_it_says():
+def test_each_python_snippet_of_the_readme_runs_and_prints_what_it_says(here):
+    assert train.main(["--epochs", "1", "--batch-size", "32"]) == 0                 # one starts from out/toy-tiny-mlp
     snippets = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-    assert snippets
+    assert len(snippets) == 3
     for snippet in snippets:
         with redirect_stdout(io.StringIO()) as text:
             exec(snippet, {})

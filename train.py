@@ -16,7 +16,6 @@ import math
 import os
 import resource
 import signal
-import statistics
 import sys
 import time
 from contextlib import contextmanager, nullcontext
@@ -29,7 +28,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.benchmark import Timer
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -46,6 +44,7 @@ BETAS, WEIGHT_DECAY, FINAL_LR = (0.9, 0.95), 0.05, 1e-5         # AdamW's; rates
 LOG_EVERY, SAVE_SECONDS = 10, 600                               # steps between log lines; time between checkpoints
 TOLERATED = 5                                                   # unreadable videos in a set of which 1% would be fewer
 TOY = "data/toy"
+RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))    # torchrun's
 
 
 class RunError(Exception):
@@ -59,37 +58,38 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
 
-    def flag(name, help, least=None, kind=int, **options):
-        def number(text):
+    def number(kind, least):
+        def convert(text):
             if not least <= kind(text) < math.inf:
                 raise ValueError
             return kind(text)
+        convert.__name__ = f"{kind.__name__} (at least {least})"
+        return convert
 
-        if least is not None:
-            number.__name__ = f"{kind.__name__} (at least {least})"
-            options["type"] = number
-        defaults = [str(recipe[name]) for recipe in RECIPES.values() if name in recipe]
-        help += f" (default: {' with tiny, else '.join(defaults)})" if defaults else ""
-        parser.add_argument("--" + name.replace("_", "-"), help=help, **options)
-
-    flag("data", "toy, a folder of videos, or a list file (default: toy)")
-    flag("model", "size of the networks (default: tiny for toy, else base)", choices=SIZES)
-    flag("target", "mlp: SIGMA-MLP; pixel: the VideoMAE baseline (default: mlp)", choices=["mlp", "pixel"])
-    flag("frames", "frames of a clip", 1)
-    flag("stride", "frames of the video from one frame of the clip to the next", 1)
-    flag("size", "pixels of a clip's side", 1)
-    flag("epochs", "passes over the data; the schedule stretches with them", 1)
-    flag("batch_size", "clips at a time in one process: as many as its memory holds", 1)
-    flag("accum", "batches added up to one step; Sinkhorn sees one at a time (default: 1)", 1)
-    flag("lr", "learning rate for a global batch of 256, scaled to yours", 0, float)
-    flag("amp", "autocast (default: bf16 on a GPU that has it, else off)", choices=["bf16", "fp16", "off"])
-    flag("workers", "loader processes for each training process", 0)
-    flag("seed", "of weights, shuffle, crops and masks (default: 0)", 0)
-    flag("out", "folder of the run (default: out/<data>-<model>-<target>)")
-    flag("resume", "folder or checkpoint of a run: go on exactly where it stopped")
-    flag("init", "folder or checkpoint of a run: start a new one from its weights")
-    flag("max_steps", "stop and save after this many steps of the schedule", 1)
-    flag("bench", "measure loader, training step and Sinkhorn on this machine; train nothing", action="store_true")
+    natural, positive = number(int, 0), number(int, 1)
+    for name, kind, text in (
+            ("data", str, "toy, a folder of videos, or a list file (default: toy)"),
+            ("model", list(SIZES), "size of the networks (default: tiny for toy, else base)"),
+            ("target", ["mlp", "pixel"], "mlp: SIGMA-MLP; pixel: the VideoMAE baseline (default: mlp)"),
+            ("frames", positive, "frames of a clip"),
+            ("stride", positive, "frames of the video from one frame of the clip to the next"),
+            ("size", positive, "pixels of a clip's side"),
+            ("epochs", positive, "passes over the data; the schedule stretches with them"),
+            ("batch_size", positive, "clips at a time in one process: as many as its memory holds"),
+            ("accum", positive, "batches added up to one step; Sinkhorn sees one at a time (default: 1)"),
+            ("lr", number(float, 0), "learning rate for a global batch of 256, scaled to yours"),
+            ("amp", ["bf16", "fp16", "off"], "autocast (default: bf16 on a GPU that has it, else off)"),
+            ("workers", natural, "loader processes for each training process"),
+            ("seed", natural, "of weights, shuffle, crops and masks (default: 0)"),
+            ("out", str, "folder of the run (default: out/<data>-<model>-<target>)"),
+            ("resume", str, "folder or checkpoint of a run: go on exactly where it stopped"),
+            ("init", str, "folder or checkpoint of a run: start a new one from its weights"),
+            ("max_steps", positive, "stop and save after this many steps of the schedule")):
+        if name in RECIPES["toy"]:
+            text += f" (default: {RECIPES['toy'][name]} with tiny, else {RECIPES['video'][name]})"
+        options = dict(choices=kind) if isinstance(kind, list) else dict(type=kind)
+        parser.add_argument("--" + name.replace("_", "-"), help=text, **options)
+    parser.add_argument("--bench", action="store_true", help="measure loader, step and Sinkhorn here; train nothing")
     return vars(parser.parse_args(argv))
 
 
@@ -101,8 +101,8 @@ def configure(given):
         config = checkpoint["config"] | {"out": str(path.parent)}
         for name in ("model", "target", "frames", "stride", "size", "epochs", "lr", "seed", "amp"):
             if name in given and given[name] != config[name]:
-                raise UserError(f"--resume keeps the run's own --{name} {config[name]}, found {given[name]}: leave it out, "
-                                "or start a new run from the weights with --init")
+                raise UserError(f"--resume keeps the run's own --{name} {config[name]}, found {given[name]}: leave it "
+                                "out, or start a new run from the weights with --init")
     else:
         data = given.get("data", "toy")
         model = given.get("model", "tiny" if data == "toy" else "base")
@@ -122,41 +122,38 @@ def configure(given):
 
 # --- Parts of a run ---------------------------------------------------------------------------------------------------
 
-class Processes:
-    """This process among those that torchrun started: rank, world, device. Alone where there is no torchrun."""
+def set_up():
+    """Joins the processes that torchrun started, if it did, and returns this one's device."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    else:
+        device, libc = torch.device("cpu"), ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):           # glibc: M_MMAP_MAX and M_TRIM_THRESHOLD. Keep large freed blocks: to get
+            libc.mallopt(-4, 0)                # them anew from the system, page by page, takes a CPU step up to a third
+            libc.mallopt(-1, 2 ** 31 - 1)       # of its time.
+    if WORLD > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
 
-    def __init__(self):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if torch.cuda.is_available():
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(self.device)
-        else:
-            self.device = torch.device("cpu")
-            libc = ctypes.CDLL(None)
-            if hasattr(libc, "mallopt"):       # glibc: M_MMAP_MAX and M_TRIM_THRESHOLD. Keep large freed blocks: to get
-                libc.mallopt(-4, 0)            # them anew from the system, page by page, takes a CPU step up to a third
-                libc.mallopt(-1, 2 ** 31 - 1)   # of its time.
-        if self.world > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 
-    def gather(self, thing):
-        """The list of every rank's thing; waits for all ranks."""
-        things = [thing] * self.world
-        if self.world > 1:
-            dist.all_gather_object(things, thing)
-        return things
+def gather(thing):
+    """The list of every rank's thing; waits for all ranks."""
+    things = [thing] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(things, thing)
+    return things
 
-    def say(self, text):
-        if self.rank == 0:
-            tqdm.write(text)
+
+def say(text):
+    if RANK == 0:
+        tqdm.write(text)
 
 
 def precision(name, device):
     """autocast's dtype for --amp; None is off."""
-    if name is None:
-        gpu = device.type == "cuda"
-        name = "bf16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "off"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[name]
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name or ("bf16" if able else "off"))
 
 
 def make_optimizer(model):
@@ -213,7 +210,7 @@ def write_whole(path, write):
         draft.replace(path)
     except (OSError, RuntimeError) as error:                          # torch.save turns a full disk into the latter
         draft.unlink(missing_ok=True)
-        raise RunError(f"expected to write {path}, found {error}: make room and try again; what was in {path} before is "
+        raise RunError(f"expected to write {path}, found {error}: make room and try again; what it held before is "
                        "untouched") from None
 
 
@@ -234,69 +231,68 @@ def read_checkpoint(path):
 def load_weights(model, weights, path):
     """Puts weights into the model, all of them or none."""
     found, expected = ({name: tuple(value.shape) for name, value in w.items()} for w in (weights, model.state_dict()))
-    differ = [f"{name} {expected.get(name, 'none')} / {found.get(name, 'none')}"
+    differ = [f"{name} (expected {expected.get(name)}, found {found.get(name)})"
               for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
     if differ:
-        raise UserError(f"expected weights of this --model and --target in {path}, found {len(differ)} names that differ "
-                        f"(expected / found): {', '.join(differ[:20])}{', ...' * (len(differ) > 20)}; give its own flags")
+        raise UserError(f"expected weights of this --model and --target in {path}, found {len(differ)} names that "
+                        f"differ: {', '.join(differ[:20])}{', ...' * (len(differ) > 20)}: give its own flags")
     model.load_state_dict(weights)
 
 
 # --- Pretraining ------------------------------------------------------------------------------------------------------
 
-def pretrain(config, checkpoint, init, max_steps, processes):
+def pretrain(config, checkpoint, init, max_steps, device):
     """Sets a run up, says what it is going to do, trains, and shows what was learned."""
-    c, say, out = argparse.Namespace(**config), processes.say, Path(config["out"])
+    c, out = argparse.Namespace(**config), Path(config["out"])
     torch.manual_seed(c.seed)
     model = build_model(c.model, target=c.target)
     if checkpoint or init:
         load_weights(model, (checkpoint or read_checkpoint(init)[1])["model"], init or out)
     clips = make_clips(c, model.encoder.tube)
-    order = Order(len(clips), c.batch_size, processes.rank, processes.world, c.seed, c.accum)
-    global_batch, per_epoch = c.batch_size * processes.world * c.accum, order.steps // c.accum
-    product = f"{processes.world} processes x {c.batch_size} clips x {c.accum} accumulated = {global_batch}"
+    order = Order(len(clips), c.batch_size, RANK, WORLD, c.seed, c.accum)
+    global_batch, per_epoch = c.batch_size * WORLD * c.accum, order.steps // c.accum
+    product = f"{WORLD} processes x {c.batch_size} clips x {c.accum} accumulated = {global_batch}"
     if per_epoch == 0:
         raise UserError(f"expected enough clips for a global batch of {product}, found {len(clips)}: lower "
                         "--batch-size or --accum, or give more videos")
     for name, value in (("global_batch", global_batch), ("clips", len(clips))):
         if checkpoint and config[name] != value:
-            raise UserError(f"expected the run's {name.replace('_', ' ')} of {config[name]}, found {value} ({product}): "
-                            "--resume needs the same, --init does not")
+            raise UserError(f"expected the run's {name.replace('_', ' ')} of {config[name]}, found {value} ({product}):"
+                            " --resume needs the same, --init does not")
     steps, peak_lr = per_epoch * c.epochs, c.lr * global_batch / 256
     warmup = int(per_epoch * min(c.warmup, c.epochs / 10))           # the recipe's, at most a tenth of the run
     config |= dict(global_batch=global_batch, clips=len(clips), steps=steps, peak_lr=peak_lr, warmup_steps=warmup)
-    dtype = precision(c.amp, processes.device)
+    dtype = precision(c.amp, device)
 
-    videos = clips.videos
+    videos, k = clips.videos, 0 if c.target == "pixel" else len(model.prototypes)
+    tubes = tube_mask(1, clips.grid, c.ratio).sum().item() * c.batch_size * WORLD
     say(f"data       {len(clips):,} clips in {c.data}, {videos.classes or 'no'} classes; "
         f"{len(videos.passed_over)} lines or files passed over")
     for line in videos.passed_over[:3]:
         say(f"           passed over: {line}")
     say(f"model      {c.model}, target {c.target}, {sum(p.numel() for p in model.parameters()):,} parameters; clips of "
         f"{c.frames} frames, {c.stride} apart, {c.size} x {c.size}: {math.prod(clips.grid):,} tubes")
-    say(f"batch      {product}; on {processes.device}, autocast {str(dtype or 'off').removeprefix('torch.')}")
+    say(f"batch      {product}; on {device}, autocast {str(dtype or 'off').removeprefix('torch.')}")
     say(f"schedule   {c.epochs} epochs of {per_epoch:,} = {steps:,} steps, the first {warmup:,} of them warmup; "
         f"learning rate {c.lr:g} x {global_batch} / 256 = {peak_lr:.3g}")
-    if c.target != "pixel":
-        tubes = tube_mask(1, clips.grid, c.ratio).sum().item() * c.batch_size * processes.world
-        k = len(model.prototypes)
+    if k:
         say(f"Sinkhorn   {tubes:,} hidden tubes at a time share {k:,} prototypes")
-        if tubes < k:
-            say("           warning: fewer tubes than prototypes, so some go unused: raise --batch-size or the number "
-                "of processes (not --accum: each batch is balanced by itself)")
+    if tubes < k:
+        say("           warning: fewer tubes than prototypes, so some go unused: raise --batch-size or the number of "
+            "processes (not --accum: each batch is balanced by itself)")
     say(f"run        {out}" + (f", going on after step {checkpoint['step']:,}" if checkpoint else ""))
 
-    finished = fit(model, clips, order, config, checkpoint, max_steps, dtype, processes)
-    if finished and processes.rank == 0:
-        show(model, clips, config, processes.device)
+    finished = fit(model, clips, order, config, checkpoint, max_steps, dtype, device)
+    if finished and RANK == 0:
+        show(model, clips, config, device)
 
 
-def fit(model, clips, order, config, checkpoint, max_steps, dtype, processes):
+def fit(model, clips, order, config, checkpoint, max_steps, dtype, device):
     """The training loop, from the checkpoint or the start; True when the schedule is complete.
 
     It waits for the GPU only where it writes a log line. There it also minds signals and unreadable videos.
     """
-    c, device, out = argparse.Namespace(**config), processes.device, Path(config["out"])
+    c, out = argparse.Namespace(**config), Path(config["out"])
     optimizer, step = make_optimizer(model.to(device)), 0
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if checkpoint:
@@ -305,21 +301,23 @@ def fit(model, clips, order, config, checkpoint, max_steps, dtype, processes):
         if checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
         torch.set_rng_state(checkpoint["rng"]["cpu"])
-        if checkpoint["rng"]["cuda"] is not None and device.type == "cuda":
+        if device.type in checkpoint["rng"].keys() - {"cpu"}:
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
     parallel = model
-    if processes.world > 1:
+    if WORLD > 1:
         parallel = DistributedDataParallel(model)         # without device_ids, which would move the masks to the GPU
 
     def save():
-        if processes.rank == 0:
-            rng = dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if device.type == "cuda" else None)
+        if RANK == 0:
+            rng = {"cpu": torch.get_rng_state()}
+            if device.type == "cuda":
+                rng["cuda"] = torch.cuda.get_rng_state()
             write_whole(out / "last.pt", lambda file: torch.save(dict(
                 model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
                 epoch=step * c.epochs // c.steps, rng=rng, config=config), file))
 
     log = out / "log.jsonl"
-    if processes.rank == 0:
+    if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
         lines = log.read_text().splitlines(keepends=True) if checkpoint and log.exists() else []
         log.write_text("".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step))
@@ -328,7 +326,7 @@ def fit(model, clips, order, config, checkpoint, max_steps, dtype, processes):
     data = endless(loader(clips, c.batch_size, order, c.workers, device), order, step, c.steps // c.epochs, c.accum)
     last, recent, unreadable, found, hopeless = min(c.steps, max_steps or c.steps), [], {}, {}, False
     logged, saved, waited = time.monotonic(), time.monotonic(), 0.0
-    with stop_requests() as stopped, tqdm(total=c.steps, initial=step, unit="step", disable=processes.rank > 0,
+    with stop_requests() as stopped, tqdm(total=c.steps, initial=step, unit="step", disable=RANK > 0,
                                           dynamic_ncols=True) as bar:
         while step < last:
             rate = learning_rate(step, c.steps, c.warmup_steps, c.peak_lr, FINAL_LR * c.global_batch / 256)
@@ -341,7 +339,7 @@ def fit(model, clips, order, config, checkpoint, max_steps, dtype, processes):
                 waited += time.monotonic() - asked
                 found |= {path: reason for sample in bad for path, reason in sample}
                 hopeless |= any(len(sample) == RETRIES for sample in bad)
-                with parallel.no_sync() if processes.world > 1 and part < c.accum else nullcontext():
+                with parallel.no_sync() if WORLD > 1 and part < c.accum else nullcontext():
                     with torch.autocast(device.type, dtype, enabled=dtype is not None):
                         loss, stats = parallel(normalise(video, device), mask)
                     scaler.scale(loss / c.accum).backward()
@@ -354,35 +352,35 @@ def fit(model, clips, order, config, checkpoint, max_steps, dtype, processes):
             step += 1
             recent.append({"loss": total, "grad_norm": norm} | {k: v for k, v in stats.items() if v.ndim == 0})
             bar.update(1)
-            alone, impatient = processes.world == 1, time.monotonic() - logged > 10  # several must log at the same step
+            alone, impatient = WORLD == 1, time.monotonic() - logged > 10  # several must log at the same step
             if step % LOG_EVERY and step < last and not (alone and (stopped or impatient)):
                 continue
 
             # A log line: means over the steps since the last one, and over the ranks.
             names = list(recent[0])
             rows = torch.stack([torch.stack([line[name].float() for name in names]) for line in recent])
-            if processes.world > 1:
+            if WORLD > 1:
                 dist.all_reduce(rows)
-            rows, recent = (rows / processes.world).tolist(), []                                     # steps x numbers
-            now, everyone = time.monotonic(), processes.gather((bool(stopped), hopeless, found))
+            rows, recent = (rows / WORLD).tolist(), []                                     # steps x numbers
+            now, everyone = time.monotonic(), gather((bool(stopped), hopeless, found))
             new = {path: reason for *_, theirs in everyone for path, reason in theirs.items() if path not in unreadable}
             unreadable, found = unreadable | new, {}
             for path, reason in new.items():
-                processes.say(f"unreadable video {path}: {reason}; another clip takes its place")
+                say(f"unreadable video {path}: {reason}; another clip takes its place")
             line = {"step": step, "epoch": step * c.epochs / c.steps, "lr": rate}
             line |= {name: sum(values) / len(rows) for name, values in zip(names, zip(*rows))}
-            line |= {"clips_per_second": len(rows) * c.global_batch / (now - logged), "data_wait": waited / (now - logged),
-                     "unreadable_videos": len(unreadable)}
+            line |= {"clips_per_second": len(rows) * c.global_batch / (now - logged),
+                     "data_wait": waited / (now - logged), "unreadable_videos": len(unreadable)}
             logged, waited = now, 0.0
-            bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['clips_per_second']:.3g} clips/s, "
+            bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['clips_per_second']:.1f} clips/s, "
                                 f"{line['data_wait']:.0%} waiting for data")
-            if processes.rank == 0:
+            if RANK == 0:
                 with open(log, "a") as file:
                     file.write(json.dumps(line) + "\n")
             for number, row in enumerate(rows, start=step - len(rows) + 1):
-                if not all(map(math.isfinite, row[:1] if scaler.is_enabled() else row)):   # fp16 skips infinite gradients
-                    raise RunError(f"expected a finite loss and gradient, found loss {row[0]} and norm {row[1]} at step "
-                                   f"{number}: the last good checkpoint is untouched, start a new run from it with --init "
+                if not all(map(math.isfinite, row[:1] if scaler.is_enabled() else row)):     # fp16 skips such gradients
+                    raise RunError(f"expected a finite loss and gradient, found loss {row[0]}, norm {row[1]} at step "
+                                   f"{number}: the last good checkpoint is untouched, start anew from it with --init "
                                    f"{out / 'last.pt'}, another --out and a lower --lr or --amp off")
             too_many = any(each for _, each, _ in everyone) or len(unreadable) > max(TOLERATED, len(clips) // 100)
             stop = any(each for each, *_ in everyone)
@@ -390,12 +388,12 @@ def fit(model, clips, order, config, checkpoint, max_steps, dtype, processes):
                 save()
                 saved = now
             if too_many:
-                raise RunError(f"expected at most 1% unreadable videos, found {len(unreadable)} of {len(clips):,} so far: "
-                               f"mend those named above and --resume {out}, or start a new run without them")
+                raise RunError(f"expected at most 1% unreadable videos, found {len(unreadable)} of {len(clips):,}: "
+                               f"mend  those named above and --resume {out}, or start a new run without them")
             if stop:
                 break
     if step < c.steps:
-        processes.say(f"stopped after step {step:,} of {c.steps:,}; go on with --resume {out}")
+        say(f"stopped after step {step:,} of {c.steps:,}; go on with --resume {out}")
     return step == c.steps
 
 
@@ -456,7 +454,7 @@ def show_masks(path, clips):
 
 @torch.no_grad()
 def show_prototypes(path, model, clips, device, number=12, nearest=8):
-    """A row for each of the most used prototypes: the real tubes nearest to it, each from another of 256 clips."""
+    """For some prototypes, from much to little used, a row of the real tubes nearest to it, from different clips."""
     tubes, best, places, use = [], [], [], 0
     for video, *_ in loader(clips, 8, sample(clips, 256), workers=0):
         tubes.append(take_tubes(video, clips.tube))                                                       # b N 3 p q r
@@ -467,9 +465,9 @@ def show_prototypes(path, model, clips, device, number=12, nearest=8):
         for values, kept in zip(scores.max(dim=1), (best, places)):                      # each clip's nearest tube: b K
             kept.append(values)
     tubes, best, places = torch.cat(tubes), torch.cat(best), torch.cat(places)
-    popular = use.argsort(descending=True)[:number]
-    clip = best[:, popular].topk(min(nearest, len(best)), dim=0).indices                       # nearest clips: n number
-    found = tubes[clip, places[:, popular].gather(0, clip)]                                     # n number 3 p q r
+    chosen = use.argsort(descending=True)[torch.linspace(0, int((use > 0).sum()) - 1, number).long()]
+    clip = best[:, chosen].topk(min(nearest, len(best)), dim=0).indices                        # nearest clips: n number
+    found = tubes[clip, places[:, chosen].gather(0, clip)]                                      # n number 3 p q r
     return picture(path, rearrange(found, "n k c p q r -> k n c q (p r)"), height=48)
 
 
@@ -497,11 +495,16 @@ def show(model, clips, config, device):
 
 # --- Benchmark --------------------------------------------------------------------------------------------------------
 
-def seconds(work, repeat=5):
-    """Median time of work(), the GPU's share included."""
-    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-    timer.timeit(1)
-    return statistics.median(timer.timeit(1).mean for _ in range(repeat))
+def seconds(work, device, repeat=5):
+    """Median time of work(), after one call that doesn't count."""
+    times = []
+    for _ in range(repeat + 1):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[repeat // 2]
 
 
 def bench(config, device):
@@ -533,24 +536,21 @@ def bench(config, device):
     training = c.batch_size / seconds(step, device)                                               # clips a second
     work = training_flops(model, clips.grid, int(mask[0].sum()))
     gpu, name = device.type == "cuda", str(dtype or torch.float32).removeprefix("torch.")
+    rows = [("loader, one worker", f"{loading:,.1f} clips/s", f"{c.data}, {c.frames} x {c.size} x {c.size}"),
+            ("training step", f"{training:,.2f} clips/s", f"{c.model}, {c.target}, batch {c.batch_size}, {name}"),
+            ("arithmetic", f"{work / 1e9:,.2f} GFLOP/clip", "forward and backward, as sigma.training_flops counts"),
+            ("share of matrix product", f"{work * training / product:.0%}", f"of {product / 1e9:,.0f} GFLOP/s, 4096^2")]
+    if c.target != "pixel":
+        n, k = int(mask.sum()), len(model.prototypes)
+        scores, vector = 2 * torch.rand(n, k, device=device) - 1, torch.rand(k, device=device)
+        ratio = seconds(lambda: sinkhorn(scores, model.eps), device) / seconds(lambda: scores @ vector, device)
+        rows.append(("Sinkhorn", f"{ratio:.0f} products", f"of the {n:,} x {k:,} scores with a vector"))
+    peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    rows.append(("peak memory", f"{peak / 2 ** 30:.2f} GiB", "of the GPU" if gpu else "of the process"))
     where = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}, torch {torch.__version__}")
-
-    def row(label, value, note):
+    for label, value, note in rows:
         print(f"{label:26}{value:>18}   {note}")
-
-    row("loader, one worker", f"{loading:,.1f} clips/s", f"{c.data}, {c.frames} x {c.size} x {c.size}")
-    row("training step", f"{training:,.2f} clips/s", f"{c.model}, target {c.target}, batch {c.batch_size}, {name}")
-    row("arithmetic", f"{work / 1e9:,.2f} GFLOP/clip", "forward and backward, as sigma.training_flops counts")
-    row("share of matrix product", f"{work * training / product:.0%}", f"of {product / 1e9:,.0f} GFLOP/s, 4096 x 4096")
-    if c.target != "pixel":
-        tubes, prototypes = (F.normalize(torch.randn(n, 64, device=device), dim=1)
-                             for n in (int(mask.sum()), len(model.prototypes)))
-        scores, vector = tubes @ prototypes.T, torch.rand(len(prototypes), device=device)
-        ratio = seconds(lambda: sinkhorn(scores)) / seconds(lambda: scores @ vector)
-        row("Sinkhorn", f"{ratio:.0f} products", f"of the {len(tubes):,} x {len(prototypes):,} scores with a vector")
-    peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    row("peak memory", f"{peak / 2 ** 30:.2f} GiB", "of the GPU" if gpu else "of the process")
 
 
 def main(argv=None):
@@ -558,23 +558,22 @@ def main(argv=None):
     given = parse(argv)
     try:
         config, checkpoint = configure(given)
-        processes = Processes()
+        device = set_up()
         if config["data"] == "toy":
-            if processes.rank == 0:
+            if RANK == 0:
                 make_toy(TOY)
-            processes.gather(None)                                              # the others wait until it is there
+            gather(None)                                                        # the others wait until it is there
         if "bench" in given:
-            bench(config, processes.device)
+            bench(config, device)
         else:
-            pretrain(config, checkpoint, given.get("init"), given.get("max_steps"), processes)
+            pretrain(config, checkpoint, given.get("init"), given.get("max_steps"), device)
         return 0
     except (UserError, RunError, OSError, torch.OutOfMemoryError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             error = "expected the batch to fit into the GPU's memory, it did not: lower --batch-size and raise --accum"
-        rank = int(os.environ.get("RANK", 0))
-        if rank:                            # what all ranks find wrong the first one says, and torchrun ends the others
+        if RANK:                            # what all ranks find wrong the first one says, and torchrun ends the others
             time.sleep(3)
-        print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)
+        print(f"error{f' on rank {RANK}' if RANK else ''}: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     finally:
         if dist.is_initialized():
