@@ -720,7 +720,8 @@ def test_wrong_usage_ends_in_one_sentence_and_code_2(here, capsys):
         assert train.main(arguments) == 2, arguments
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: ") and message in error, error
-    for arguments in (["--epochs", "0"], ["--amp", "int8"], ["--model", "giant"], ["--bogus"], ["--lr", "nan"]):
+    for arguments in (["--epochs", "0"], ["--amp", "int8"], ["--model", "giant"], ["--bogus"], ["--lr", "nan"],
+                      ["--resume", "taken", "--init", "taken"]):
         with pytest.raises(SystemExit) as stop:
             train.main(arguments)
         assert stop.value.code == 2 and "error: " in capsys.readouterr().err

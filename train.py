@@ -66,7 +66,7 @@ def parse(argv):
         convert.__name__ = f"{kind.__name__} (at least {least})"
         return convert
 
-    natural, positive = number(int, 0), number(int, 1)
+    natural, positive, either = number(int, 0), number(int, 1), parser.add_mutually_exclusive_group()
     for name, kind, text in (
             ("data", str, "toy, a folder of videos, or a list file (default: toy)"),
             ("model", list(SIZES), "size of the networks (default: tiny for toy, else base)"),
@@ -88,7 +88,8 @@ def parse(argv):
         if name in RECIPES["toy"]:
             text += f" (default: {RECIPES['toy'][name]} with tiny, else {RECIPES['video'][name]})"
         options = dict(choices=kind) if isinstance(kind, list) else dict(type=kind)
-        parser.add_argument("--" + name.replace("_", "-"), help=text, **options)
+        place = either if name in ("resume", "init") else parser
+        place.add_argument("--" + name.replace("_", "-"), help=text, **options)
     parser.add_argument("--bench", action="store_true", help="measure loader, step and Sinkhorn here; train nothing")
     return vars(parser.parse_args(argv))
 
@@ -146,6 +147,7 @@ def gather(thing):
 
 
 def say(text):
+    """Prints above the progress bar, on the first rank alone."""
     if RANK == 0:
         tqdm.write(text)
 
@@ -389,7 +391,7 @@ def fit(model, clips, order, config, checkpoint, max_steps, dtype, device):
                 saved = now
             if too_many:
                 raise RunError(f"expected at most 1% unreadable videos, found {len(unreadable)} of {len(clips):,}: "
-                               f"mend  those named above and --resume {out}, or start a new run without them")
+                               f"mend those named above and --resume {out}, or start a new run without them")
             if stop:
                 break
     if step < c.steps:
