@@ -57,10 +57,10 @@ def split_mask(mask, device):
 
     Python must know how many are hidden. A mask on the CPU tells at once; one on a GPU makes the program wait for it.
     """
-    hidden = mask.sum(dim=1).tolist()
+    hidden = mask.bool().sum(dim=1).tolist()
     if len(set(hidden)) != 1:
         raise ValueError(f"every clip of a batch must hide the same number of tubes, found {sorted(set(hidden))}")
-    order = mask.to(device, non_blocking=True).byte().argsort(dim=1, stable=True)                  # visible ones first
+    order = mask.to(device, non_blocking=True).bool().byte().argsort(dim=1, stable=True)            # visible ones first
     return order.split([mask.shape[1] - hidden[0], hidden[0]], dim=1)
 
 
@@ -183,6 +183,9 @@ class Encoder(nn.Module):
             tubes = take_tubes(video, self.tube)                                                          # B N 3 p q r
             x = self.patch_embed(tubes) + self.position(tubes.shape[1])                                          # B N D
         else:
+            expected = (len(video), math.prod(video.shape[2:]) // math.prod(self.tube))
+            if mask.shape != expected:
+                raise ValueError(f"the mask of these clips must have the shape {expected}, found {tuple(mask.shape)}")
             visible, _ = split_mask(mask, video.device)                                                            # B V
             x = self.patch_embed(take_tubes(video, self.tube, visible)) + self.position(mask.shape[1])[visible]  # B V D
         for block in self.blocks:

@@ -164,6 +164,8 @@ def test_wrong_sizes_and_uneven_masks_stop_with_a_sentence():
     model, (video, mask) = small(), batch()
     with pytest.raises(ValueError, match=r"divisible by the tube \(2, 8, 8\), found \(4, 30, 32\)"):
         model.encoder(video[..., :30, :])
+    with pytest.raises(ValueError, match=r"must have the shape \(4, 32\), found \(4, 31\)"):
+        model.encoder(video, mask[:, :31])
     mask[0, 0] = ~mask[0, 0]
     with pytest.raises(ValueError, match="same number"):
         model(video, mask)
@@ -209,7 +211,8 @@ def test_sinkhorn_works_in_float32_under_autocast_and_needs_no_gradient():
     scores = cosines(200, 30).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         soft = sinkhorn(scores)
-    assert soft.dtype == torch.float32 and not soft.requires_grad and torch.equal(soft, sinkhorn(scores))
+    assert soft.dtype == torch.float32 and not soft.requires_grad
+    assert torch.allclose(soft.double(), plain_sinkhorn(scores, 0.05, 10), rtol=1e-4)
     assert sinkhorn(scores.bfloat16()).dtype == torch.float32
 
 
@@ -346,7 +349,7 @@ def test_the_free_functions_can_be_copied_with_one_import_line():
 def test_the_encoder_can_be_copied_with_the_parts_above_it():
     parts = [sigma.positions, sigma.split_mask, sigma.take_tubes, sigma.Attention, sigma.MLP, sigma.Block, sigma.TubeEmbedding,
              sigma.init_linear, sigma.PositionTable, sigma.Encoder]
-    imports = "import torch\nimport torch.nn.functional as F\nfrom einops import rearrange\nfrom torch import nn\n"
+    imports = "import math\nimport torch\nimport torch.nn.functional as F\nfrom einops import rearrange\nfrom torch import nn\n"
     space = {}
     exec(imports + "\n".join(map(inspect.getsource, parts)), space)
     assert space["Encoder"](dim=32, depth=1, heads=2)(torch.zeros(1, 3, 2, 32, 32)).shape == (1, 4, 32)
@@ -395,7 +398,7 @@ def write_numbered(path, codec="libx264", count=100, rate=25, pts=None, **option
 
 FORMATS = {"h264 with B-frames, one key frame": ("v.mp4", "libx264", dict(bf="3", g="250")),
            "h264 with B-frames, open groups": ("v.mp4", "libx264", {"bf": "3", "g": "12", "x264-params": "open-gop=1:b-pyramid=1"}),
-           "h264 in matroska": ("v.mkv", "libx264", dict(bf="2", g="10")),
+           "h264 in matroska, time stamps rounded": ("v.mkv", "libx264", dict(rate=24, bf="2", g="10")),
            "h264 in mpeg-ts": ("v.ts", "libx264", dict(bf="2", g="10")),
            "mpeg2 in mpeg-ts": ("v.ts", "mpeg2video", dict(bf="2", g="12", b="2M")),
            "mpeg4 with B-frames in avi": ("v.avi", "mpeg4", dict(bf="2", g="12", b="2M")),
@@ -646,13 +649,16 @@ def test_sigterm_to_all_processes_saves_and_ends_cleanly(here):
     process = subprocess.Popen([sys.executable, str(HERE / "train.py"), "--epochs", "100000", "--workers", "2", "--out",
                                 "stopped"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                                start_new_session=True)
-    while not Path("stopped/log.jsonl").exists() or not log_of("stopped"):
+    while not Path("stopped/log.jsonl").exists() or "\n" not in Path("stopped/log.jsonl").read_text():
         assert process.poll() is None
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGTERM)                                             # the loader's workers get it too
-    text, _ = process.communicate(timeout=60)
+    try:
+        text, _ = process.communicate(timeout=100)
+    finally:
+        process.kill()
     assert process.returncode == 0 and "go on with --resume stopped" in text
-    assert torch.load("stopped/last.pt", weights_only=True)["step"] >= 10
+    assert torch.load("stopped/last.pt", weights_only=True)["step"] == log_of("stopped")[-1]["step"] > 0
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(here, capsys):
