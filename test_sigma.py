@@ -748,6 +748,15 @@ def test_too_many_unreadable_videos_end_the_run_with_their_names(tmp_path, monke
     assert Path("run/last.pt").exists()
 
 
+def test_a_set_without_any_readable_video_ends_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "videos").mkdir()
+    for i in range(3):
+        (tmp_path / "videos" / f"bad{i}.mp4").write_bytes(b"")
+    assert train.main(["--data", "videos", "--model", "tiny", "--batch-size", "3", "--epochs", "50", "--out", "run"]) == 1
+    assert "found 3 of 3" in capsys.readouterr().err
+
+
 # --- Two processes ----------------------------------------------------------------------------------------------------
 
 def half_of_the_batch(rank, folder):
