@@ -171,6 +171,8 @@ def test_wrong_sizes_and_uneven_masks_stop_with_a_sentence():
         model(video, mask)
     with pytest.raises(ValueError, match="needs features of all tubes"):
         small("dino")(*batch())
+    with pytest.raises(ValueError, match=r"shape \(4, 32, 16\), found \(4, 33, 16\)"):
+        small("dino")(*batch(), torch.zeros(4, 33, 16))
 
 
 # --- sigma.py: Sinkhorn -----------------------------------------------------------------------------------------------

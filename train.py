@@ -550,9 +550,9 @@ def bench(config, device):
     peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rows.append(("peak memory", f"{peak / 2 ** 30:.2f} GiB", "of the GPU" if gpu else "of the process"))
     where = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{where}, torch {torch.__version__}")
+    say(f"{where}, torch {torch.__version__}")
     for label, value, note in rows:
-        print(f"{label:26}{value:>18}   {note}")
+        say(f"{label:26}{value:>18}   {note}")
 
 
 def main(argv=None):
