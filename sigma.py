@@ -352,7 +352,8 @@ class SIGMA(nn.Module):
         if self.target == "dino":
             n, found = math.prod(video.shape[2:]) // math.prod(self.encoder.tube), getattr(features, "shape", None)
             if found != (expected := (len(video), n, self.prototypes.shape[1])):
-                raise ValueError(f'target "dino" needs features of all tubes, shape {expected}, found {found and tuple(found)}')
+                raise ValueError(f'target "dino" needs features of all tubes, shape {expected}, '
+                                 f"found {found and tuple(found)}")
             features = standardise(at_least_fp32(features.detach()), dim=1)              # per clip and channel: B N E
             return features.take_along_dim(hidden[..., None], dim=1)                                             # B M E
         pixels = at_least_fp32(take_tubes(video, self.encoder.tube, hidden)) * self.std + self.mean       # B M 3 p q r
