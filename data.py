@@ -1,21 +1,30 @@
 """Videos in, uint8 clips with tube masks out: finding, decoding, cropping, and a toy set that needs no download.
 
 What `--data` may name (`find_videos`):
-    toy                     eight motion classes, rendered once into data/toy as mp4 files
-    a folder                FOLDER/<class name>/*.mp4 (any depth below a class), or FOLDER/train/<class name>/*.mp4
+    a set in SETS           k400, ssv2, ucf101, hmdb51 as people have them on disk, toy: rendered once as mp4 files
+    a folder                FOLDER/<class name>/*.mp4 (any depth below a class), or FOLDER/train/<class name>/*.mp4,
+                            or FOLDER/train.csv, a list
     a flat folder           FOLDER/*.mp4: no labels, enough for pretraining
     a list file             a video a line, `path` or `path label`; the label is a whole number and the last field, so
                             paths may hold spaces; relative paths start at the list's own folder
 Each video is opened, the wanted frames are decoded and nothing after them, and the clip stays uint8 until it is on the
 training device (`normalise`). A video that can't be read raises VideoError; `Clips` takes another one and says so.
+
+    python data.py check --data k400 --root DIR     decode a clip of each video: lists of the good and of the bad ones
+    python data.py prepare SRC DST                  re-encode a folder so that training reads it fastest
 """
+import argparse
+import csv
+import errno
+import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
+import sys
 from bisect import bisect_right
 from dataclasses import dataclass, field
-from fractions import Fraction
 from functools import cache, partial
 from pathlib import Path
 
@@ -44,7 +53,32 @@ class VideoError(Exception):
     """One video that can't be read; the message says why."""
 
 
-# --- Finding videos ---------------------------------------------------------------------------------------------------
+# --- Data sets: recipe and layout -------------------------------------------------------------------------------------
+
+SETS = {  # Recipes for pretraining, as published where the paper has one (ucf101 and hmdb51: k400's); global batch: GPUs x
+    # clips on each. "small": what differs for that model. videos: in the training split, about. layout: below the root.
+    "any": dict(frames=16, stride=4, size=224, ratio=0.9, epochs=800, batch_size=40, lr=1.5e-4, warmup=40, eps=None,
+                global_batch=None, workers=min(8, os.cpu_count())),
+    "k400": dict(videos=241_000, classes=400, stride=4, epochs=800, eps=0.05, global_batch=16 * 40,
+                 layout="{train,val}/<class>/*.mp4, or the csv tables label,youtube_id,time_start,... beside them"),
+    "ssv2": dict(videos=168_913, classes=174, stride=2, epochs=800, eps=0.03, global_batch=16 * 32,
+                 small=dict(epochs=2400, eps=0.05, global_batch=8 * 16),
+                 layout="20bn-something-something-v2/<id>.webm with {labels,train,validation}.json"),
+    "ucf101": dict(videos=9_537, classes=101, stride=4, epochs=800, eps=0.05, global_batch=16 * 40,
+                   layout="UCF-101/<Class>/v_*.avi with ucfTrainTestlist/{classInd,trainlist01,testlist01}.txt"),
+    "hmdb51": dict(videos=3_570, classes=51, stride=4, epochs=800, eps=0.05, global_batch=16 * 40,
+                   layout="<class>/*.avi with testTrainMulti_7030_splits/<class>_test_split1.txt"),
+    "toy": dict(videos=8192, classes=8, stride=1, epochs=20, eps=0.03, global_batch=64, frames=8, size=32, ratio=0.75,
+                batch_size=64, lr=6e-3, warmup=1, workers=0, layout="{train,val}/<class>/*.mp4"),
+}
+SPLITS = ("train", "val", "test")
+
+
+def recipe(data, model):
+    """Default settings for pretraining `model` on `data`. The tiny model takes clips like the toy set's from any data."""
+    own = SETS.get("toy" if model == "tiny" else data, {})
+    return SETS["any"] | own | (own.get("small", {}) if model == "small" else {})
+
 
 @dataclass
 class Videos:
@@ -58,44 +92,60 @@ class Videos:
         return len(set(self.labels) - {-1})
 
 
-def find_videos(source, split="train"):
-    """The videos of a folder or a list file (layouts: top of this file). Raises UserError where there are none."""
-    source, found = Path(source), Videos()
+def find_videos(data, split="train", root=None):
+    """The videos of one split of `data`, a name in SETS (in the folder root, default data/<name>), a folder or a list.
+
+    The layouts stand at the top of this file and in SETS. Raises UserError where there are none.
+    """
+    named, found = data in SETS and data != "any", Videos()
+    source = Path(root or f"data/{data}") if named else Path(data)
     try:
-        if source.is_file() and source.suffix.lower() not in SUFFIXES:
+        if source.is_file() and source.suffix.lower() not in SUFFIXES and split == "train":
             read_list(source, found)
         elif source.is_dir():
-            source = source / split if (source / split).is_dir() else source
-            walk_folder(source, found)
-        else:
-            what = "a video" if source.is_file() else "nothing"
-            raise UserError(f"expected toy, a folder of videos or a list file, found {what} at {source}: "
-                            "give a folder, or a text file with a path on each line")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"expected a folder or list that can be read, found {error}: check {source}") from None
+            if listed := annotated(data, source, split):
+                match_names(source, listed, found)
+            elif (source / f"{split}.csv").is_file():
+                read_list(source / f"{split}.csv", found)
+            if not found.paths and (source / split).is_dir():
+                folders = [p for each in SPLITS for p in (source / each).glob("[!.]*") if p.is_dir()]
+                walk_folder(source / split, found, {p.name for p in folders})               # numbered alike in all splits
+            if not found.paths and split == "train" and not named:
+                walk_folder(source, found)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, IndexError, csv.Error) as error:
+        raise UserError(f"expected a folder or lists that can be read, found {type(error).__name__} {error}: "
+                        f"check {source}") from None
     if not found.paths:
-        why = f" ({len(found.passed_over)} passed over, first: {found.passed_over[0]})" if found.passed_over else ""
-        raise UserError(f"expected videos in {source}, found none{why}: "
-                        "give FOLDER/<class>/*.mp4, FOLDER/*.mp4 or a file with lines `path` or `path label`")
+        what = "none" if source.is_dir() else "a file" if source.exists() else "no such place"
+        if found.passed_over:
+            what += f" ({len(found.passed_over):,} passed over, first: {found.passed_over[0]})"
+        layout = f"{source}/{SETS[data]['layout']}, or {source}/{{train,val}}.csv with" if named else \
+            "FOLDER/<class>/*.mp4, FOLDER/*.mp4 or a text file with"
+        raise UserError(f"expected videos to {split} on in {source}, found {what}: give {layout} lines `path label`")
     return found
 
 
-def walk_folder(folder, found):
-    """Adds the videos below a folder; the names of its sub-folders are the classes, in alphabetical order."""
-    def videos_in(place):
-        files = sorted(p for p in place if p.is_file() and not p.name.startswith("."))
-        found.passed_over += [f"{p}: not a video by its name" for p in files if p.suffix.lower() not in SUFFIXES]
-        return [str(p) for p in files if p.suffix.lower() in SUFFIXES]
+def files_below(folder):
+    """The files below a folder, sorted; links are followed, names that begin with a dot are left out."""
+    found = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(found)
 
-    loose = videos_in(folder.iterdir())
-    for label, subfolder in enumerate(sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))):
-        paths = videos_in(subfolder.rglob("*"))
-        found.paths += paths
-        found.labels += [label] * len(paths)
-    if found.paths:
-        found.passed_over += [f"{path}: in no class folder, while others are" for path in loose]
-    else:
-        found.paths, found.labels = loose, [-1] * len(loose)
+
+def walk_folder(folder, found, classes=()):
+    """Adds the videos below a folder. Its sub-folders are the classes, numbered in alphabetical order with `classes`."""
+    files = files_below(folder)
+    videos = [path for path in files if path.suffix.lower() in SUFFIXES]
+    found.passed_over += [f"{path}: not a video by its name" for path in files if path.suffix.lower() not in SUFFIXES]
+    deep = [path for path in videos if path.parent != Path(folder)]
+    names = sorted({path.relative_to(folder).parts[0] for path in deep} | set(classes) if deep else {})
+    number = {name: label for label, name in enumerate(names)}
+    found.paths += map(str, deep or videos)
+    found.labels += [number[path.relative_to(folder).parts[0]] for path in deep] or [-1] * len(videos)
+    if deep:
+        found.passed_over += [f"{p}: in no class folder, while others are" for p in videos if p.parent == Path(folder)]
 
 
 def read_list(file, found):
@@ -104,16 +154,60 @@ def read_list(file, found):
         path, label = line, "-1"                                                        # no label
         if len(line.split()) > 1 and not os.path.isfile(file.parent / line):
             path, label = line.rsplit(maxsplit=1)
-        path = str(file.parent / path)
+        path = file.parent / path
+        path = path if path.is_file() or not path.suffix else path.with_suffix(".mp4")             # `prepare` renames so
         if not line:
             continue
-        if not os.path.isfile(path):
+        if not path.is_file():
             found.passed_over.append(f'{file}, line {number}, "{line[:200]}": there is no such file')
         elif label != "-1" and not label.isdecimal():
             found.passed_over.append(f'{file}, line {number}, "{line[:200]}": its label is not a whole number')
         else:
-            found.paths.append(path)
+            found.paths.append(str(path))
             found.labels.append(int(label))
+
+
+def match_names(root, listed, found):
+    """Adds the videos below root that `listed`, pairs (name without suffix, label), names by file or by folder/file."""
+    files = {}
+    for path in files_below(root):
+        if path.suffix.lower() in SUFFIXES:
+            files[path.stem] = files[f"{path.parent.name}/{path.stem}"] = str(path)
+    found.passed_over += [f"{name}: listed, but there is no such video" for name, _ in listed if name not in files]
+    kept = [(files[name], label) for name, label in listed if name in files]
+    found.paths, found.labels = [path for path, _ in kept], [label for _, label in kept]
+
+
+def annotated(data, root, split):
+    """(name, label) of each video of a split by the set's own tables, in root or a folder in it; empty without them."""
+    def tables(pattern):
+        return [path for place in ("", "*/") for path in sorted(root.glob(place + pattern))]
+
+    def rows(path):
+        return [line.split() for line in path.read_text().splitlines() if line.strip()]
+
+    if data == "k400":                                               # rows label,youtube_id,time_start,time_end,split
+        found = []
+        for path in tables("*.csv"):
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                found += csv.DictReader(file) if file.readline().startswith("label,youtube_id") and not file.seek(0) else []
+        number = {name: label for label, name in enumerate(sorted({row["label"] for row in found}))}
+        return [(f"{row['youtube_id']}_{int(row['time_start']):06}_{int(row['time_end']):06}", number[row["label"]])
+                for row in found if row["split"].startswith(split)]                                  # val or validate
+    if data == "ssv2":                              # {label: number}; [{"id", "template": the label with brackets}]
+        files = tables("*labels.json")[:1] + tables(f"*{'validation' if split == 'val' else split}.json")[:1]
+        number, found = [json.loads(path.read_text()) for path in files] if len(files) == 2 else ({}, [])
+        plain = str.maketrans("", "", "[]")
+        return [(row["id"], int(number[row["template"].translate(plain)])) for row in found]
+    if data == "ucf101":                                             # lines `number class`; lines `class/file.avi ...`
+        number = {name: int(label) - 1 for path in tables("classInd.txt") for label, name in rows(path)}
+        file = {"train": "trainlist01.txt", "val": "testlist01.txt"}.get(split, "none")
+        return [(name.removesuffix(".avi"), number[name.split("/")[0]]) for path in tables(file) for name, *_ in rows(path)]
+    if data == "hmdb51":                                             # lines `file.avi flag`: 1 train, 2 test, 0 neither
+        flag, end = {"train": "1", "val": "2"}.get(split), "_test_split1.txt"
+        return [(f"{path.name.removesuffix(end)}/{name.removesuffix('.avi')}", label)
+                for label, path in enumerate(tables("*" + end)) for name, theirs in rows(path) if theirs == flag]
+    return []
 
 
 # --- Decoding ---------------------------------------------------------------------------------------------------------
@@ -204,18 +298,19 @@ def decode_packets(stream, packets, times):
     if last is None:
         raise VideoError("none of its frames can be decoded")
     chosen += [last] * (len(times) - len(chosen))                               # the video ends: its last frame is held
-    images = {frame.pts: to_rgb(frame, chosen[0].width, chosen[0].height) for frame in chosen}
+    size = chosen[0].width, chosen[0].height
+    images = {frame.pts: torch.from_numpy(scaled(frame, *size, "rgb24").to_ndarray()) for frame in chosen}    # H W 3
     return [images[frame.pts] for frame in chosen]
 
 
 reformatter = None
 
 
-def to_rgb(frame, width, height):
-    """A decoded frame as (height, width, 3) uint8, on one thread: the default is one for each core, each time."""
+def scaled(frame, width, height, pixels):
+    """A decoded frame in another size and pixel format, on one thread: the default is one for each core, each time."""
     global reformatter                             # one in each worker process: threads of its own don't survive a fork
     reformatter = reformatter or VideoReformatter()
-    return torch.from_numpy(reformatter.reformat(frame, width, height, "rgb24", threads=1).to_ndarray())
+    return reformatter.reformat(frame, width, height, pixels, threads=1)
 
 
 # --- Clips ------------------------------------------------------------------------------------------------------------
@@ -250,41 +345,49 @@ def resize_crop(frames, box, size):
 class Clips(Dataset):
     """A clip with its tube mask for each key (epoch, index): the same key gives the same clip, on whichever worker.
 
-    Items are (video (3, T, S, S) uint8, mask (N,) bool, label, index, bad): bad holds the [path, reason] of videos that
-    couldn't be read, in whose place the clip comes from another one. After RETRIES of them the clip is black.
-    crop: corner_crop or centre_crop. cache: a dict that keeps decoded videos, for sets that fit into memory.
+    Items are (video (R, 3, T, S, S) uint8, mask (R, N) bool, label, index, bad): bad holds the [path, reason] of videos
+    that couldn't be read, in whose place the clip comes from another one. After RETRIES of them the clip is black.
+    repeat: R, clips from one pass over the video, each with its own place, crop and mask. crop: corner_crop or
+    centre_crop. cache: a dict that keeps decoded videos, for sets that fit into memory.
     """
 
-    def __init__(self, videos, *, frames, stride, size, tube, ratio, crop=corner_crop, seed=0, cache=None):
+    def __init__(self, videos, *, frames, stride, size, tube, ratio, repeat=1, crop=corner_crop, seed=0, cache=None):
         if frames % tube[0] or size % tube[1] or size % tube[2]:
             raise UserError(f"expected --frames and --size divisible by the tube {tuple(tube)}, found {frames} and "
                             f"{size}: take multiples")
-        self.videos, self.size, self.ratio, self.crop, self.seed, self.cache = videos, size, ratio, crop, seed, cache
         self.grid = (frames // tube[0], size // tube[1], size // tube[2])
         if int(ratio * self.grid[1] * self.grid[2]) == 0:
             raise UserError(f"expected clips of which {ratio:.0%} can be hidden, found {self.grid[1]} x {self.grid[2]} "
                             "tubes in a frame: take a larger --size")
-        self.frames, self.stride, self.tube = frames, stride, tube
+        self.videos, self.frames, self.stride, self.size, self.tube, self.ratio = videos, frames, stride, size, tube, ratio
+        self.repeat, self.crop, self.seed, self.cache = repeat, crop, seed, cache
 
     def __len__(self):
         return len(self.videos.paths)
 
     def read(self, path, generator):
-        """One clip of the video at path, (3, T, size, size) uint8. Raises VideoError."""
-        choose = partial(pretraining_frames, frames=self.frames, stride=self.stride, generator=generator)
+        """The clips of one pass over the video at path, (R, 3, T, size, size) uint8. Raises VideoError."""
+        places = []                                                     # of each clip's frames among the decoded ones
+
+        def choose(n):
+            clips = [pretraining_frames(n, self.frames, self.stride, generator) for _ in range(self.repeat)]
+            union = sorted(set().union(*clips))
+            places.extend([union.index(i) for i in clip] for clip in clips)
+            return union
+
         if self.cache is None:
             frames = decode(path, choose)
         else:
             if path not in self.cache:
                 self.cache[path] = decode(path, range)
-            frames = self.cache[path]
-            frames = frames[choose(len(frames))]
-        return resize_crop(frames, self.crop(*frames.shape[-2:], generator), self.size)
+            frames = self.cache[path][choose(len(self.cache[path]))]
+        boxes = [self.crop(*frames.shape[-2:], generator) for _ in places]
+        return torch.stack([resize_crop(frames[place], box, self.size) for place, box in zip(places, boxes)])
 
     def __getitem__(self, key):
         epoch, index = key
         generator = torch.Generator().manual_seed(hash((self.seed, epoch, index)) % 2 ** 63)
-        mask, bad = tube_mask(1, self.grid, self.ratio, generator)[0], []
+        mask, bad = tube_mask(self.repeat, self.grid, self.ratio, generator), []
         while len(bad) < RETRIES:
             path = self.videos.paths[index]
             try:
@@ -292,40 +395,46 @@ class Clips(Dataset):
             except VideoError as error:
                 bad.append([path, str(error)])
                 index = int(torch.randint(len(self), (1,), generator=generator))
-        return torch.zeros(3, self.frames, self.size, self.size, dtype=torch.uint8), mask, -1, index, bad
+        return torch.zeros(self.repeat, 3, self.frames, *[self.size] * 2, dtype=torch.uint8), mask, -1, index, bad
 
 
 class Order(Sampler):
-    """Keys (epoch, index) of this rank's clips: one shuffle for all ranks, new in each epoch, cut into whole steps.
+    """Keys (epoch, index) of this rank's videos: one shuffle for all ranks, new in each epoch, cut into whole steps.
 
-    A step takes `batch` clips on each of `world` ranks; the last, uneven one is dropped on all ranks alike.
-    Set `epoch`, and `start` to the number of steps of it that are done, before each pass.
+    A step takes multiple * batch videos on each of `world` ranks; an uneven last one is dropped on all ranks alike. The
+    videos of a step are the same for every split into ranks. Set `epoch`, and `seen`, the number of its videos that are
+    done on all ranks together, before each pass.
     """
 
     def __init__(self, n, batch, rank=0, world=1, seed=0, multiple=1):
         self.n, self.batch, self.rank, self.world, self.seed = n, batch, rank, world, seed
-        self.steps, self.epoch, self.start = n // (batch * world * multiple) * multiple, 0, 0
+        self.step, self.epoch, self.seen = batch * world * multiple, 0, 0
 
     def __len__(self):
-        return (self.steps - self.start) * self.batch
+        return (self.n - self.seen) // self.step * self.step // self.world
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(hash((self.seed, self.epoch)) % 2 ** 63)
-        order = torch.randperm(self.n, generator=generator)[:self.steps * self.world * self.batch]
-        mine = order.view(self.steps, self.world, self.batch)[self.start:, self.rank].flatten()
-        return ((self.epoch, index) for index in mine.tolist())
+        order = torch.randperm(self.n, generator=generator)[self.seen:][:len(self) * self.world]
+        return ((self.epoch, index) for index in order.view(-1, self.world, self.batch)[:, self.rank].flatten().tolist())
 
 
 def collate(samples):
-    """A batch: video (B, 3, T, S, S) uint8, mask (B, N), label (B,), index (B,), and the list of bad videos."""
+    """A batch: video (B, 3, T, S, S) uint8, mask (B, N), and for each video label, index and the list of bad ones."""
     video, mask, label, index, bad = zip(*samples)
-    return torch.stack(video), torch.stack(mask), torch.tensor(label), torch.tensor(index), bad
+    return torch.cat(video), torch.cat(mask), torch.tensor(label), torch.tensor(index), bad
 
 
 def ignore_signals(worker):
     """A signal to stop goes to all processes of a group; the workers must live until the training process has saved."""
-    for name in (signal.SIGTERM, signal.SIGINT):
+    for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(name, signal.SIG_IGN)
+
+
+def kill_workers():
+    """Ends loader workers that an error has left behind: they ignore the signal by which Python would end them."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def loader(clips, batch, sampler, workers, device="cpu"):
@@ -395,14 +504,6 @@ def write_video(path, frames, rate=8):
         container.mux(stream.encode(None))
 
 
-def write_png(path, image):
-    """Writes an image (3, H, W) uint8."""
-    encoder = av.CodecContext.create("png", "w")
-    encoder.height, encoder.width, encoder.pix_fmt, encoder.time_base = *image.shape[1:], "rgb24", Fraction(1)
-    frame = av.VideoFrame.from_ndarray(image.permute(1, 2, 0).contiguous().numpy(), format="rgb24")
-    Path(path).write_bytes(b"".join(map(bytes, encoder.encode(frame) + encoder.encode(None))))
-
-
 def make_toy(root, seed=0, train=TOY_TRAIN, val=TOY_VAL):
     """Renders the toy set into root/{train,val}/<class>/*.mp4, the same for one seed, unless root is there already.
 
@@ -426,3 +527,127 @@ def make_toy(root, seed=0, train=TOY_TRAIN, val=TOY_VAL):
         draft.rename(root)
     except OSError:                                                    # another process was faster: its set is the same
         shutil.rmtree(draft)
+
+
+# --- Before training: python data.py check, python data.py prepare ----------------------------------------------------
+
+def in_parallel(work, items, workers, title):
+    """Yields (item, work(item)) in order, with a progress bar; the work is done by the workers of a DataLoader."""
+    results = DataLoader(items, batch_size=None, collate_fn=work, num_workers=workers, worker_init_fn=ignore_signals)
+    yield from zip(items, tqdm(results, desc=title, unit=" videos", dynamic_ncols=True))
+
+
+def problem(path, frames, stride):
+    """Why a clip of the video at path can't be read, or None."""
+    try:
+        decode(path, partial(pretraining_frames, frames=frames, stride=stride))
+    except VideoError as error:
+        return str(error)
+
+
+def check(data, root, out, workers):
+    """Decodes a clip of each video of each split; writes out/<split>.csv, which --data out takes, and out/bad.txt."""
+    settings, checked, bad = recipe(data, "base"), 0, []
+    out.mkdir(parents=True, exist_ok=True)
+    for split in SPLITS:
+        try:
+            found = find_videos(data, split, root)
+        except UserError:
+            if split == "train":
+                raise
+            continue
+        reasons = in_parallel(partial(problem, frames=settings["frames"], stride=settings["stride"]), found.paths,
+                              workers, f"checking {split}")
+        lines, unread = [], []
+        for (path, reason), label in zip(reasons, found.labels):
+            if reason:
+                unread.append(f"{path}: {reason}")
+            else:
+                lines.append(os.path.abspath(path) + f" {label}" * (label >= 0))
+        (out / f"{split}.csv").write_text("".join(f"{line}\n" for line in lines))
+        bad += found.passed_over + unread
+        print(f"{split}: {len(lines):,} good videos in {out / split}.csv, {len(unread):,} unreadable, "
+              f"{len(found.passed_over):,} missing or passed over, {found.classes} classes")
+    (out / "bad.txt").write_text("".join(f"{line}\n" for line in bad))
+    print(f"{len(bad):,} bad ones with the reason in {out / 'bad.txt'}; train with --data {out}")
+
+
+def re_encode(pair):
+    """Writes the video source as H.264 with short side 256, a key frame every 32 frames, no sound: quick to read.
+
+    pair: (source, target). The target's name appears when it is whole. Returns why it can't be done, or None.
+    """
+    source, target = pair
+    draft = target.with_name(f".{target.name}.unfinished")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with av.open(str(source), metadata_errors="replace") as old, av.open(str(draft), "w", format="mp4") as new:
+            video = old.streams.video[0]
+            video.thread_type, video.codec_context.thread_count = "NONE", 1
+            scale = 256 / min(video.width, video.height)
+            stream = new.add_stream("libx264", rate=video.average_rate, options={
+                "preset": "fast", "crf": "20", "tune": "fastdecode", "g": "32", "keyint_min": "32", "sc_threshold": "0"})
+            stream.width, stream.height = (max(2, round(side * scale / 2) * 2) for side in (video.width, video.height))
+            stream.pix_fmt, stream.codec_context.time_base = "yuv420p", video.time_base
+            stream.codec_context.thread_count = 1
+            for frame in old.decode(video):
+                image = scaled(frame, stream.width, stream.height, "yuv420p")
+                image.pts, image.time_base, image.pict_type = frame.pts, frame.time_base, 0     # the encoder's own choice
+                new.mux(stream.encode(image))
+            new.mux(stream.encode(None))
+        decode(str(draft), lambda n: [0, n - 1])                                           # a last look before it counts
+        draft.replace(target)
+    except (av.FFmpegError, VideoError, OSError, ValueError, IndexError, ZeroDivisionError, TypeError) as error:
+        draft.unlink(missing_ok=True)
+        return getattr(error, "strerror", None) or str(error)
+
+
+def prepare(source, target, workers):
+    """re_encode for each video of a folder that the target folder doesn't have yet; lists and tables are copied."""
+    if not source.is_dir() or target.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"expected a folder of videos and another one, not inside it, found {source} and {target}: "
+                        "give python data.py prepare SRC DST")
+    pairs = []
+    for path in files_below(source):
+        goal = target / path.relative_to(source)
+        if path.suffix.lower() in SUFFIXES:
+            pairs.append((path, goal.with_suffix(".mp4")))
+        else:
+            goal.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, goal)
+    left = [(path, goal) for path, goal in pairs if not goal.exists()]
+    print(f"{len(pairs):,} videos in {source}, {len(pairs) - len(left):,} of them in {target} already")
+    bad = []
+    for (path, _), reason in in_parallel(re_encode, left, workers, "preparing"):
+        if reason == os.strerror(errno.ENOSPC):
+            raise UserError(f"expected room for {target}, found the disk full: make room and start again, it goes on")
+        bad += [f"{path}: {reason}\n"] if reason else []
+    (target / "bad.txt").write_text("".join(bad))
+    print(f"{len(left) - len(bad):,} videos prepared, {len(bad):,} unreadable" + f": {target / 'bad.txt'}" * bool(bad))
+
+
+def main(argv=None):
+    """Runs the command line. Returns the exit code: 0, or 2 for something that the user can mend."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tasks = parser.add_subparsers(dest="task", required=True)
+    for task, names in (("check", ("--data", "--root", "--out")), ("prepare", ("source", "target"))):
+        command = tasks.add_parser(task, help=globals()[task].__doc__)
+        for name in names:
+            command.add_argument(name, **dict(required=True) if name == "--data" else {})
+        command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one for each core)")
+    given = parser.parse_args(argv)
+    try:
+        if given.task == "check":
+            check(given.data, given.root, Path(given.out or f"out/check-{Path(given.data).stem}"), given.workers)
+        else:
+            prepare(Path(given.source), Path(given.target), given.workers)
+        return 0
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        kill_workers()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

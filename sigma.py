@@ -14,27 +14,30 @@ Shapes    B clips of 3 x T x H x W pixels    N tubes of a clip = V visible + M h
           D width of the tokens              E width of features and prototypes          K prototypes
 """
 import math
+from functools import cache
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 # --- Tubes: the clip in pieces of 2 frames x 16 x 16 pixels, where each one stands, and which are hidden --------------
 
-def positions(n, dim):
+@cache                                                # made once for each size and device; never trained, never saved
+def positions(n, dim, device=None):
     """Fixed sinusoids of the tubes' flattened (t h w) index, (n, dim) float32: even columns sine, odd columns cosine.
 
-    Row p is the same for every n, so a clip of any size takes the first N rows of one table.
+    Row p is the same for every n: a longer clip has more rows. Don't write into the result: all callers share it.
     """
     column = torch.arange(dim)
     frequency = 10000 ** (-2 * (column // 2).double() / dim)
     angle = torch.arange(n, dtype=torch.float64)[:, None] * frequency                                            # n dim
-    return torch.where(column % 2 == 0, angle.sin(), angle.cos()).float()
+    return torch.where(column % 2 == 0, angle.sin(), angle.cos()).float().to(device)
 
 
 def tube_mask(batch, grid, ratio=0.9, generator=None):
@@ -149,17 +152,12 @@ def init_linear(module):
             nn.init.zeros_(layer.bias)
 
 
-class PositionTable(nn.Module):
-    """The first n rows of the position table: made once, grown when a longer clip comes, never trained, never saved."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.register_buffer("table", positions(1568, dim), persistent=False)
-
-    def forward(self, n):
-        if n > len(self.table):
-            self.table = positions(n, self.table.shape[1]).to(self.table)
-        return self.table[:n]                                                                                      # N D
+def run(blocks, x, recompute):
+    """Tokens (B, n, dim) through the blocks. With recompute a block's activations are not kept for the backward pass
+    but computed again in it: a third more arithmetic, memory for one block instead of for all."""
+    for block in blocks:
+        x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+    return x
 
 
 class Encoder(nn.Module):
@@ -167,9 +165,8 @@ class Encoder(nn.Module):
 
     def __init__(self, *, dim, depth, heads, tube=(2, 16, 16)):
         super().__init__()
-        self.tube = tuple(tube)
+        self.tube, self.dim, self.recompute = tuple(tube), dim, False
         self.patch_embed = TubeEmbedding(dim, self.tube)
-        self.position = PositionTable(dim)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         init_linear(self)
@@ -181,16 +178,15 @@ class Encoder(nn.Module):
         """
         if mask is None:
             tubes = take_tubes(video, self.tube)                                                          # B N 3 p q r
-            x = self.patch_embed(tubes) + self.position(tubes.shape[1])                                          # B N D
+            x = self.patch_embed(tubes) + positions(tubes.shape[1], self.dim, video.device)                      # B N D
         else:
             expected = (len(video), math.prod(video.shape[2:]) // math.prod(self.tube))
             if mask.shape != expected:
                 raise ValueError(f"the mask of these clips must have the shape {expected}, found {tuple(mask.shape)}")
             visible, _ = split_mask(mask, video.device)                                                            # B V
-            x = self.patch_embed(take_tubes(video, self.tube, visible)) + self.position(mask.shape[1])[visible]  # B V D
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+            place = positions(mask.shape[1], self.dim, video.device)                                               # N D
+            x = self.patch_embed(take_tubes(video, self.tube, visible)) + place[visible]                         # B V D
+        return self.norm(run(self.blocks, x, self.recompute))
 
 
 class Decoder(nn.Module):
@@ -198,16 +194,14 @@ class Decoder(nn.Module):
 
     def __init__(self, *, dim, depth, heads, out):
         super().__init__()
-        self.position = PositionTable(dim)
+        self.dim, self.recompute = dim, False
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, out)
         init_linear(self)
 
     def forward(self, x, hidden):
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x[:, -hidden:]))
+        return self.head(self.norm(run(self.blocks, x, self.recompute)[:, -hidden:]))
 
 
 # --- Prototypes: balanced assignments by Sinkhorn, and the loss: each branch predicts the other's assignment ----------
@@ -343,7 +337,7 @@ class SIGMA(nn.Module):
     def predict(self, video, mask, visible, hidden):
         """The video model: features predicted for the hidden tubes from the visible ones, (B, M, E)."""
         tokens = self.encoder_to_decoder(self.encoder(video, mask))                                             # B V D'
-        place = self.decoder.position(mask.shape[1])                                                              # N D'
+        place = positions(mask.shape[1], self.decoder.dim, video.device)                                          # N D'
         tokens = torch.cat([tokens + place[visible], self.mask_token + place[hidden]], dim=1)                   # B N D'
         return self.decoder(tokens, hidden.shape[1])                                                             # B M E
 
@@ -386,30 +380,6 @@ def build_model(size="base", **changes):
     if size not in SIZES:
         raise ValueError(f"size must be one of {', '.join(SIZES)}, found {size}")
     return SIGMA(**SIZES[size] | changes)
-
-
-def training_flops(model, grid, hidden):
-    """Operations in the matrix products of one clip's forward and backward pass; a multiply-add counts as two.
-
-    grid: the clip's (t, h, w) in tubes; hidden: M. Only what the method needs: nothing is computed twice, the clip and
-    (from the video's scores) the prototypes get no gradient. Sinkhorn, norms and softmax are left out: under 2%.
-    """
-    n = math.prod(grid)
-
-    def linear(module, tokens):
-        return tokens * sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
-
-    def transformer(part, tokens):
-        return linear(part.blocks, tokens) + sum(2 * tokens ** 2 * block.attn.proj.in_features for block in part.blocks)
-
-    inside = transformer(model.encoder, n - hidden) + linear(model.encoder_to_decoder, n - hidden)
-    inside += transformer(model.decoder, n) + linear(model.decoder.head, hidden)
-    total = 3 * inside + 2 * (n - hidden) * model.encoder.patch_embed.proj.weight.numel()   # forward; weights'; inputs'
-    if model.target == "mlp":
-        total += 3 * linear(model.projector, hidden) - linear(model.projector[0], hidden)
-    if model.target != "pixel":         # scores of both branches; gradients of the video's features, of the prototypes,
-        total += (5 if model.target == "mlp" else 4) * hidden * model.prototypes.numel()    # and a projector's features
-    return 2 * total
 
 
 def walk():

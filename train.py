@@ -2,12 +2,12 @@
 
     python train.py                                             toy set: rendered, trained on, and judged by a probe
     python train.py --target pixel                              the same with VideoMAE's target, to compare
-    python train.py --data videos/ --model small --epochs 100   a folder or list of real videos (layouts: data.py)
-    torchrun --nproc_per_node=8 train.py --data train.csv --batch-size 40
+    torchrun --nproc_per_node=8 train.py --data k400 --root DIR           the paper's recipe (sets and layouts: data.py)
+    python train.py --data videos/ --model small --epochs 100   a folder or list of your own videos
     python train.py --resume out/toy-tiny-mlp                   go on where a run stopped, with its own settings
     python train.py --bench --model small --batch-size 2        train nothing: how fast are loader and step here?
 
-A run writes last.pt, log.jsonl, results.json and pictures to out/<run>/. SIGTERM and Ctrl-C save before they stop it.
+A run writes two checkpoints, log.jsonl, results.json and pictures to out/<run>/. SIGTERM, SIGUSR1 and Ctrl-C save first.
 """
 import argparse
 import ctypes
@@ -18,32 +18,31 @@ import resource
 import signal
 import sys
 import time
+from argparse import Namespace
 from contextlib import contextmanager, nullcontext
-from itertools import count
 from pathlib import Path
 
+import av
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.utils import make_grid
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.utils import save_image
 from tqdm import tqdm
 
-from data import RETRIES, Clips, Order, UserError, centre_crop, find_videos, loader, make_toy, normalise, write_png
-from sigma import SIZES, build_model, sinkhorn, take_tubes, training_flops, tube_mask
+from data import RETRIES, SETS, Clips, Order, UserError, centre_crop, find_videos, kill_workers, loader, make_toy,\
+    normalise, recipe
+from sigma import SIZES, build_model, sinkhorn, take_tubes, tube_mask
 
-RECIPES = {                            # every default lives here; "toy" goes with --model tiny, "video" with the others
-    "toy": dict(frames=8, stride=1, size=32, ratio=0.75, epochs=20, batch_size=64, lr=6e-3, warmup=1, workers=0),
-    "video": dict(frames=16, stride=4, size=224, ratio=0.9, epochs=800, batch_size=32, lr=1.5e-4, warmup=40,
-                  workers=min(8, os.cpu_count())),                           # the paper's recipe for Kinetics-400
-}
-COMMON = dict(target="mlp", accum=1, seed=0, amp=None)
+COMMON = dict(root=None, target="mlp", accum=None, repeat=1, seed=0, amp=None, eval_every=0, compile=False)
+RECOMPUTE = ("large", "huge")                                   # models whose activations are computed again, not kept
 BETAS, WEIGHT_DECAY, FINAL_LR = (0.9, 0.95), 0.05, 1e-5         # AdamW's; rates are for a global batch of 256 clips
-LOG_EVERY, SAVE_SECONDS = 10, 600                               # steps between log lines; time between checkpoints
+LOG_STEPS, LOG_SECONDS, SAVE_SECONDS = 10, 10, 600              # a log line every 10 steps, or 10 seconds if that is less
 TOLERATED = 5                                                   # unreadable videos in a set of which 1% would be fewer
-TOY = "data/toy"
+EVAL_CLIPS = 10_000                                             # of each split, for the probe and k-NN while training
 RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))    # torchrun's
 
 
@@ -66,9 +65,11 @@ def parse(argv):
         convert.__name__ = f"{kind.__name__} (at least {least})"
         return convert
 
-    natural, positive, either = number(int, 0), number(int, 1), parser.add_mutually_exclusive_group()
+    natural, positive, real = number(int, 0), number(int, 1), number(float, 0)
+    either, video, toy = parser.add_mutually_exclusive_group(), SETS["any"], SETS["toy"]
     for name, kind, text in (
-            ("data", str, "toy, a folder of videos, or a list file (default: toy)"),
+            ("data", str, "k400, ssv2, ucf101, hmdb51, toy, a folder of videos, or a list file (default: toy)"),
+            ("root", str, "the named set's folder (default: data/<name>)"),
             ("model", list(SIZES), "size of the networks (default: tiny for toy, else base)"),
             ("target", ["mlp", "pixel"], "mlp: SIGMA-MLP; pixel: the VideoMAE baseline (default: mlp)"),
             ("frames", positive, "frames of a clip"),
@@ -76,44 +77,49 @@ def parse(argv):
             ("size", positive, "pixels of a clip's side"),
             ("epochs", positive, "passes over the data; the schedule stretches with them"),
             ("batch_size", positive, "clips at a time in one process: as many as its memory holds"),
-            ("accum", positive, "batches added up to one step; Sinkhorn sees one at a time (default: 1)"),
-            ("lr", number(float, 0), "learning rate for a global batch of 256, scaled to yours"),
+            ("accum", positive, "batches added up to one step (default: what makes the recipe's global batch, else 1)"),
+            ("repeat", positive, "clips from one pass over a video; that many passes count as one epoch less (default: 1)"),
+            ("lr", real, "learning rate for a global batch of 256, scaled to yours"),
+            ("eps", number(float, 0.001), "Sinkhorn's: smaller is closer to plain nearest prototypes (default: the set's, else 0.05)"),
             ("amp", ["bf16", "fp16", "off"], "autocast (default: bf16 on a GPU that has it, else off)"),
             ("workers", natural, "loader processes for each training process"),
             ("seed", natural, "of weights, shuffle, crops and masks (default: 0)"),
             ("out", str, "folder of the run (default: out/<data>-<model>-<target>)"),
             ("resume", str, "folder or checkpoint of a run: go on exactly where it stopped"),
             ("init", str, "folder or checkpoint of a run: start a new one from its weights"),
-            ("max_steps", positive, "stop and save after this many steps of the schedule")):
-        if name in RECIPES["toy"]:
-            text += f" (default: {RECIPES['toy'][name]} with tiny, else {RECIPES['video'][name]})"
-        options = dict(choices=kind) if isinstance(kind, list) else dict(type=kind)
+            ("eval_every", natural, "epochs between k-NN and linear probe on the validation split (default: 0, never)"),
+            ("max_steps", positive, "stop and save after this many steps of the schedule"),
+            ("compile", None, "compile the transformer blocks: slow to start, then faster"),
+            ("bench", None, "measure loader, step and Sinkhorn here; train nothing")):
+        if name in video and name != "eps":
+            text += f" (default: {video[name]}; toy and tiny: {toy[name]})"
+        kind = dict(action="store_true") if kind is None else {"choices" if isinstance(kind, list) else "type": kind}
         place = either if name in ("resume", "init") else parser
-        place.add_argument("--" + name.replace("_", "-"), help=text, **options)
-    parser.add_argument("--bench", action="store_true", help="measure loader, step and Sinkhorn here; train nothing")
+        place.add_argument("--" + name.replace("_", "-"), help=text, **kind)
     return vars(parser.parse_args(argv))
 
 
 def configure(given):
     """The run's settings, a plain dictionary: recipe, then flags; and the checkpoint that it goes on from, or None."""
-    checkpoint = None
+    checkpoint, once = None, ("resume", "init", "max_steps", "bench")
     if "resume" in given:
         path, checkpoint = read_checkpoint(given["resume"])
-        config = checkpoint["config"] | {"out": str(path.parent)}
-        for name in ("model", "target", "frames", "stride", "size", "epochs", "lr", "seed", "amp"):
-            if name in given and given[name] != config[name]:
+        config = checkpoint["config"] | dict(out=str(path.parent), accum=None)
+        for name in given.keys() - {*once, "data", "root", "batch_size", "accum", "workers", "out", "eval_every", "compile"}:
+            if given[name] != config[name]:
                 raise UserError(f"--resume keeps the run's own --{name} {config[name]}, found {given[name]}: leave it "
                                 "out, or start a new run from the weights with --init")
     else:
         data = given.get("data", "toy")
         model = given.get("model", "tiny" if data == "toy" else "base")
-        config = COMMON | RECIPES["toy" if model == "tiny" else "video"] | dict(data=data, model=model)
+        config = COMMON | recipe(data, model) | dict(data=data, model=model)
         if data == "toy" and "bench" not in given:                       # whatever the model, the clips are as they are
-            config |= {name: RECIPES["toy"][name] for name in ("frames", "stride", "size", "ratio", "workers")}
-    config |= {name: value for name, value in given.items() if name not in ("resume", "init", "max_steps", "bench")}
+            config |= {name: SETS["toy"][name] for name in ("frames", "stride", "size", "ratio", "workers")}
+    config |= {name: value for name, value in given.items() if name not in once}
     config = {"out": f"out/{Path(config['data']).resolve().stem}-{config['model']}-{config['target']}"} | config
     out = Path(config["out"])
-    if (out / "last.pt").exists() and "bench" not in given and not (checkpoint and out.samefile(path.parent)):
+    taken = any((out / name).exists() for name in CHECKPOINTS) and not (checkpoint and out.samefile(path.parent))
+    if taken and "bench" not in given:
         raise UserError(f"expected a new folder for a new run, found a checkpoint in {out}: go on with --resume {out}, "
                         "or choose another --out")
     if out.exists() and not out.is_dir():
@@ -125,6 +131,7 @@ def configure(given):
 
 def set_up():
     """Joins the processes that torchrun started, if it did, and returns this one's device."""
+    torch.set_float32_matmul_precision("high")                        # TF32 on GPUs; 0.1% of the assignments change
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -152,10 +159,23 @@ def say(text):
         tqdm.write(text)
 
 
-def precision(name, device):
-    """autocast's dtype for --amp; None is off."""
+def autocast(name, device):
+    """The autocast context for --amp; by default bf16 on a GPU that has it."""
     able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name or ("bf16" if able else "off"))
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name or ("bf16" if able else "off"))
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def make_model(c, device):
+    """The model of settings c, on the device."""
+    torch.manual_seed(c.seed)
+    model = build_model(c.model, target=c.target, **dict(eps=c.eps) if c.eps else {}).to(device)
+    for part in (model.encoder, model.decoder):
+        part.recompute = c.model in RECOMPUTE
+        if c.compile:                       # one block at a time: they are alike, so one compilation serves them all
+            for block in part.blocks:
+                block.compile()
+    return model
 
 
 def make_optimizer(model):
@@ -173,61 +193,96 @@ def learning_rate(step, steps, warmup, peak, final):
 
 
 def make_clips(c, tube, split="train", **options):
-    """The clips of settings c. The toy set is not cropped, and stays in memory once it is decoded."""
-    if c.data == "toy":
-        options = {"cache": {}, "crop": centre_crop} | options
-    return Clips(find_videos(TOY if c.data == "toy" else c.data, split), frames=c.frames, stride=c.stride, size=c.size,
-                 tube=tube, ratio=c.ratio, seed=c.seed, **options)
+    """The clips of settings c. The first rank looks for them, and tells the others. The toy set is not cropped, and
+    stays in memory once it is decoded."""
+    videos = [find_videos(c.data, split, c.root) if RANK == 0 else None]
+    if WORLD > 1:
+        dist.broadcast_object_list(videos)
+    toy = {"cache": {}, "crop": centre_crop} if c.data == "toy" else {}
+    return Clips(videos[0], **{name: getattr(c, name) for name in ("frames", "stride", "size", "ratio", "seed", "repeat")}
+                 | dict(tube=tube) | toy | options)
 
 
-def endless(data, order, step, steps_per_epoch, accum):
-    """All batches from optimiser step `step` on, epoch after epoch."""
-    while True:
-        order.epoch, order.start = step // steps_per_epoch, step % steps_per_epoch * accum
-        yield from data
-        step = (order.epoch + 1) * steps_per_epoch
+def split_batch(c, given, clips):
+    """(batch size, batches to accumulate) for which processes x size x number is the recipe's global batch, or nearly.
+
+    Where the batch size isn't given, it is at most the recipe's. A small set's global batch is at most all its clips.
+    """
+    most, accum = c.batch_size // c.repeat, c.accum                                                  # counted in videos
+    share = (c.global_batch or c.batch_size * WORLD * (accum or 1)) // WORLD // c.repeat              # of each process
+    share = max(min(share, clips // WORLD), 1)
+    if "batch_size" in given:
+        return c.batch_size, accum or max(share // max(most, 1), 1)
+    accum = accum or -(-share // most)
+    return max(min(most, share // accum), 1) * c.repeat, accum
 
 
 @contextmanager
 def stop_requests():
-    """Yields a list to which SIGTERM and Ctrl-C add, instead of ending the process."""
-    requests = []
-    before = {name: signal.signal(name, lambda number, frame: requests.append(number))
-              for name in (signal.SIGTERM, signal.SIGINT)}
+    """Yields a list to which SIGTERM, SIGUSR1 and Ctrl-C add, instead of ending the process."""
+    requests, names = [], (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = [signal.signal(name, lambda number, frame: requests.append(number)) for name in names]
     try:
         yield requests
     finally:
-        for name, handler in before.items():
+        for name, handler in zip(names, before):
             signal.signal(name, handler)
 
 
-def write_whole(path, write):
-    """Calls write(file) on a file of another name, which takes the name `path` once all of it is on the disk."""
-    draft = path.with_name(path.name + ".tmp")
+def endless(batches, order):
+    """All batches from the order's place on, epoch after epoch."""
+    while True:
+        yield from batches
+        order.epoch, order.seen = order.epoch + 1, 0
+
+
+# --- Checkpoints: the newest and the one before -----------------------------------------------------------------------
+
+CHECKPOINTS = ("last.pt", "previous.pt")
+
+
+def write_checkpoint(folder, content):
+    """Writes folder/last.pt, the old one becomes previous.pt. At any moment one of them is whole."""
+    last, previous = (folder / name for name in CHECKPOINTS)
+    draft = folder / "unfinished.pt"
     try:
         with open(draft, "wb") as file:
-            write(file)
+            torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        draft.replace(path)
+        if last.exists():
+            last.replace(previous)
+        draft.replace(last)
     except (OSError, RuntimeError) as error:                          # torch.save turns a full disk into the latter
         draft.unlink(missing_ok=True)
-        raise RunError(f"expected to write {path}, found {error}: make room and try again; what it held before is "
-                       "untouched") from None
+        raise RunError(f"expected to write {last}, found {error}: make room and --resume {folder}; what it held before "
+                       "is untouched") from None
 
 
 def read_checkpoint(path):
-    """One of our checkpoints, given by its path or its run's folder, read without running any code that it may hold."""
-    path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return path, {name: checkpoint[name] for name in ("model", "optimizer", "scaler", "step", "rng", "config")}
-    except FileNotFoundError:
-        raise UserError(f"expected a checkpoint, found no file {path}: give a run's folder or its last.pt") from None
-    except Exception as error:                                        # whatever a foreign or damaged file brings about
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
-        raise UserError(f"expected a checkpoint of train.py in {path}, found something else ({reason}): give a run's "
-                        "folder or its last.pt") from None
+    """(path, content) of a checkpoint given by its path or its run's folder; of the one before if last.pt is damaged.
+
+    Runs no code that the file may hold. Raises UserError.
+    """
+    path, problems = Path(path), []
+    if path.is_dir() or path.name == CHECKPOINTS[0]:
+        folder = path if path.is_dir() else path.parent
+        candidates = [folder / name for name in CHECKPOINTS]
+    else:
+        candidates = [path]
+    for path in candidates:
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            names = ("model", "optimizer", "scaler", "step", "epoch", "seen", "rng", "config")
+            checkpoint = {name: checkpoint[name] for name in names}
+            if problems:
+                say(f"{problems[0]}: going on from the checkpoint before, {path}, step {checkpoint['step']:,}")
+            return path, checkpoint
+        except FileNotFoundError:
+            problems.append(f"found no file {path}")
+        except Exception as error:                                    # whatever a foreign or damaged file brings about
+            problems.append(f"found something else in {path} ({type(error).__name__}: {error}".splitlines()[0][:200] + ")")
+    raise UserError(f"expected a checkpoint of train.py, {' and '.join(problems)}: give a run's folder or its last.pt")
 
 
 def load_weights(model, weights, path):
@@ -243,95 +298,129 @@ def load_weights(model, weights, path):
 
 # --- Pretraining ------------------------------------------------------------------------------------------------------
 
-def pretrain(config, checkpoint, init, max_steps, device):
-    """Sets a run up, says what it is going to do, trains, and shows what was learned."""
-    c, out = argparse.Namespace(**config), Path(config["out"])
-    torch.manual_seed(c.seed)
-    model = build_model(c.model, target=c.target)
-    if checkpoint or init:
-        load_weights(model, (checkpoint or read_checkpoint(init)[1])["model"], init or out)
+def pretrain(c, given, checkpoint, device):
+    """Sets a run up, says what it is going to do and what it will cost, trains, and shows what was learned."""
+    out, resumed = Path(c.out), checkpoint and Namespace(**checkpoint["config"])
+    model = make_model(c, device)
     clips = make_clips(c, model.encoder.tube)
-    order = Order(len(clips), c.batch_size, RANK, WORLD, c.seed, c.accum)
-    global_batch, per_epoch = c.batch_size * WORLD * c.accum, order.steps // c.accum
-    product = f"{WORLD} processes x {c.batch_size} clips x {c.accum} accumulated = {global_batch}"
-    if per_epoch == 0:
-        raise UserError(f"expected enough clips for a global batch of {product}, found {len(clips)}: lower "
+    if resumed and resumed.clips != len(clips):
+        raise UserError(f"expected the run's {resumed.clips:,} videos, found {len(clips):,} in {c.data}: --resume needs "
+                        "the same, --init does not")
+    wanted = c.global_batch
+    c.batch_size, c.accum = split_batch(c, given, len(clips))
+    c.global_batch, c.clips = c.batch_size * WORLD * c.accum, len(clips)
+    product = f"{WORLD} processes x {c.batch_size} clips x {c.accum} accumulated = {c.global_batch:,}"
+    if c.batch_size % c.repeat:
+        raise UserError(f"expected a --batch-size divisible by --repeat {c.repeat}, found {c.batch_size}: take a multiple")
+    order = Order(len(clips), c.batch_size // c.repeat, RANK, WORLD, c.seed, c.accum)
+    per_pass = order.n // order.step                                 # steps in which each video is opened at most once
+    if per_pass == 0:
+        raise UserError(f"expected enough videos for a global batch of {product}, found {len(clips)}: lower "
                         "--batch-size or --accum, or give more videos")
-    for name, value in (("global_batch", global_batch), ("clips", len(clips))):
-        if checkpoint and config[name] != value:
-            raise UserError(f"expected the run's {name.replace('_', ' ')} of {config[name]}, found {value} ({product}):"
-                            " --resume needs the same, --init does not")
-    steps, peak_lr = per_epoch * c.epochs, c.lr * global_batch / 256
-    warmup = int(per_epoch * min(c.warmup, c.epochs / 10))           # the recipe's, at most a tenth of the run
-    config |= dict(global_batch=global_batch, clips=len(clips), steps=steps, peak_lr=peak_lr, warmup_steps=warmup)
-    dtype = precision(c.amp, device)
+    c.steps, c.peak_lr = per_pass * c.epochs // c.repeat, c.lr * c.global_batch / 256
+    c.warmup_steps = int(per_pass * min(c.warmup, c.epochs / 10) / c.repeat)      # the recipe's, at most a tenth of all
+    # Before weights are loaded: a run that goes on must not differ from one that was never stopped, not by a rounding.
+    parallel = DistributedDataParallel(model) if WORLD > 1 else model   # with device_ids it would move the masks to GPUs
+    cost = gather(time_batch(parallel, c, clips.grid, device))[0]                         # seconds; all ranks agree on one
+    place = Namespace(step=0, epoch=0, seen=0)
+    if checkpoint or "init" in given:
+        path, source = (given.get("resume"), checkpoint) if checkpoint else read_checkpoint(given["init"])
+        load_weights(model, source["model"], path)
+    if checkpoint:
+        place = Namespace(**{name: checkpoint[name] for name in vars(place)})
+        place.step = place.step if resumed.global_batch == c.global_batch else \
+            place.epoch * per_pass + place.seen // order.step
 
     videos, k = clips.videos, 0 if c.target == "pixel" else len(model.prototypes)
     tubes = tube_mask(1, clips.grid, c.ratio).sum().item() * c.batch_size * WORLD
-    say(f"data       {len(clips):,} clips in {c.data}, {videos.classes or 'no'} classes; "
-        f"{len(videos.passed_over)} lines or files passed over")
-    for line in videos.passed_over[:3]:
-        say(f"           passed over: {line}")
-    say(f"model      {c.model}, target {c.target}, {sum(p.numel() for p in model.parameters()):,} parameters; clips of "
-        f"{c.frames} frames, {c.stride} apart, {c.size} x {c.size}: {math.prod(clips.grid):,} tubes")
-    say(f"batch      {product}; on {device}, autocast {str(dtype or 'off').removeprefix('torch.')}")
-    say(f"schedule   {c.epochs} epochs of {per_epoch:,} = {steps:,} steps, the first {warmup:,} of them warmup; "
-        f"learning rate {c.lr:g} x {global_batch} / 256 = {peak_lr:.3g}")
+    plan = [("data", f"{len(clips):,} videos in {c.data}, {videos.classes or 'no'} classes; "
+                     f"{len(videos.passed_over):,} missing or passed over"),
+            ("model", f"{c.model}, target {c.target}, {sum(p.numel() for p in model.parameters()):,} parameters; clips of "
+                      f"{c.frames} frames, {c.stride} apart, {c.size} x {c.size}: {math.prod(clips.grid):,} tubes"),
+            ("batch", f"{product} clips in a step; on {device}, autocast {c.amp or 'by default'}"),
+            ("schedule", f"{c.epochs} epochs = {c.steps:,} steps, the first {c.warmup_steps:,} of them warmup; learning "
+                         f"rate {c.lr:g} x {c.global_batch} / 256 = {c.peak_lr:.3g}"),
+            ("cost", f"{cost * c.accum * (c.steps - place.step) / 3600:,.2g} hours for {c.steps - place.step:,} steps of "
+                     f"{cost * c.accum:.2g} s, measured on random clips, if the loader keeps up"),
+            ("run", f"{out}" + f", going on after step {place.step:,}" * (place.step > 0))]
     if k:
-        say(f"Sinkhorn   {tubes:,} hidden tubes at a time share {k:,} prototypes")
-    if tubes < k:
-        say("           warning: fewer tubes than prototypes, so some go unused: raise --batch-size or the number of "
-            "processes (not --accum: each batch is balanced by itself)")
-    say(f"run        {out}" + (f", going on after step {checkpoint['step']:,}" if checkpoint else ""))
+        plan.append(("Sinkhorn", f"{tubes:,} hidden tubes at a time share {k:,} prototypes, eps {model.eps}" + (
+            ": those of one batch on all processes, not of all that is accumulated" if c.accum > 1 else "")))
+    if tubes < 3 * k:
+        plan.append(("warning", "few hidden tubes for so many prototypes, some go unused: raise --batch-size or the number "
+                                "of processes (not --accum: each batch is balanced by itself)"))
+    if wanted and wanted != c.global_batch:
+        plan.append(("warning", f"the {'run' if resumed else 'recipe'} has a global batch of {wanted}, this one "
+                                f"{c.global_batch}: the learning rate is scaled to it"))
+    if resumed and (resumed.world, resumed.batch_size, resumed.accum) != (WORLD, c.batch_size, c.accum):
+        plan.append(("changed", f"it had {resumed.world} processes x {resumed.batch_size} clips x {resumed.accum} "
+                                "accumulated before: Sinkhorn now balances other batches"))
+    if videos.passed_over:
+        plan.append(("passed over", f"{videos.passed_over[0]}; all of them: {out / 'passed_over.txt'}"))
+    for title, text in plan:
+        say(f"{title:13}{text}")
+    c.world = WORLD
+    every = max(1, min(LOG_STEPS, int(LOG_SECONDS / (cost * c.accum))))
+    if RANK == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        if videos.passed_over:
+            (out / "passed_over.txt").write_text("\n".join(videos.passed_over) + "\n")
+    if fit(model, parallel, clips, order, c, checkpoint, place, every, given.get("max_steps"), device):
+        show(model, clips, c, device)
 
-    finished = fit(model, clips, order, config, checkpoint, max_steps, dtype, device)
-    if finished and RANK == 0:
-        show(model, clips, config, device)
+
+def time_batch(parallel, c, grid, device, optimizer=None, repeat=1):
+    """Seconds that forward and backward of one batch take, on random clips; leaves no gradients behind."""
+    video = torch.randint(256, (c.batch_size, 3, c.frames, c.size, c.size), dtype=torch.uint8)
+    mask = tube_mask(c.batch_size, grid, c.ratio)
+
+    def work():
+        with autocast(c.amp, device):
+            loss, _ = parallel(normalise(video, device), mask)
+        loss.backward()
+        if optimizer:
+            optimizer.step()
+        parallel.zero_grad()
+
+    return seconds(work, device, repeat)
 
 
-def fit(model, clips, order, config, checkpoint, max_steps, dtype, device):
-    """The training loop, from the checkpoint or the start; True when the schedule is complete.
+def fit(model, parallel, clips, order, c, checkpoint, place, every, max_steps, device):
+    """The training loop, from `place` on; True when the schedule is complete.
 
     It waits for the GPU only where it writes a log line. There it also minds signals and unreadable videos.
     """
-    c, out = argparse.Namespace(**config), Path(config["out"])
-    optimizer, step = make_optimizer(model.to(device)), 0
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    out, optimizer = Path(c.out), make_optimizer(model)
+    scaler = torch.amp.GradScaler(device.type, enabled=c.amp == "fp16")
+    order.epoch, order.seen = place.epoch, place.seen
     if checkpoint:
-        step = checkpoint["step"]
         optimizer.load_state_dict(checkpoint["optimizer"])
         if checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
         torch.set_rng_state(checkpoint["rng"]["cpu"])
         if device.type in checkpoint["rng"].keys() - {"cpu"}:
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
-    parallel = model
-    if WORLD > 1:
-        parallel = DistributedDataParallel(model)         # without device_ids, which would move the masks to the GPU
 
     def save():
         if RANK == 0:
-            rng = {"cpu": torch.get_rng_state()}
-            if device.type == "cuda":
-                rng["cuda"] = torch.cuda.get_rng_state()
-            write_whole(out / "last.pt", lambda file: torch.save(dict(
-                model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
-                epoch=step * c.epochs // c.steps, rng=rng, config=config), file))
+            rng = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {})
+            write_checkpoint(out, dict(model=model.state_dict(), optimizer=optimizer.state_dict(), rng=rng,
+                                       scaler=scaler.state_dict(), config=vars(c), **vars(place)))
 
     log = out / "log.jsonl"
     if RANK == 0:
-        out.mkdir(parents=True, exist_ok=True)
         lines = log.read_text().splitlines(keepends=True) if checkpoint and log.exists() else []
-        log.write_text("".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step))
+        log.write_text("".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= place.step))
     if not checkpoint:
         save()                                                             # a place that can't be written to shows now
-    data = endless(loader(clips, c.batch_size, order, c.workers, device), order, step, c.steps // c.epochs, c.accum)
-    last, recent, unreadable, found, hopeless = min(c.steps, max_steps or c.steps), [], {}, {}, False
-    logged, saved, waited = time.monotonic(), time.monotonic(), 0.0
-    with stop_requests() as stopped, tqdm(total=c.steps, initial=step, unit="step", disable=RANK > 0,
+    recent, unreadable, found, hopeless, verdicts = [], {}, {}, False, 0
+    data = endless(loader(clips, order.batch, order, c.workers, device), order)
+    last, logged, saved, waited = min(c.steps, max_steps or c.steps), time.monotonic(), time.monotonic(), 0.0
+    per_pass = order.n // order.step
+    with stop_requests() as stopped, tqdm(total=c.steps, initial=place.step, unit="step", disable=RANK > 0,
                                           dynamic_ncols=True) as bar:
-        while step < last:
-            rate = learning_rate(step, c.steps, c.warmup_steps, c.peak_lr, FINAL_LR * c.global_batch / 256)
+        while place.step < last:
+            rate = learning_rate(place.step, c.steps, c.warmup_steps, c.peak_lr, FINAL_LR * c.global_batch / 256)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             total = 0.0
@@ -342,7 +431,7 @@ def fit(model, clips, order, config, checkpoint, max_steps, dtype, device):
                 found |= {path: reason for sample in bad for path, reason in sample}
                 hopeless |= any(len(sample) == RETRIES for sample in bad)
                 with parallel.no_sync() if WORLD > 1 and part < c.accum else nullcontext():
-                    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                    with autocast(c.amp, device):
                         loss, stats = parallel(normalise(video, device), mask)
                     scaler.scale(loss / c.accum).backward()
                 total = total + loss.detach() / c.accum
@@ -351,11 +440,13 @@ def fit(model, clips, order, config, checkpoint, max_steps, dtype, device):
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            step += 1
-            recent.append({"loss": total, "grad_norm": norm} | {k: v for k, v in stats.items() if v.ndim == 0})
+            recent.append({"loss": total, "grad_norm": norm} | {name: v for name, v in stats.items() if v.ndim == 0})
+            place.step, place.seen = place.step + 1, place.seen + order.step
+            if order.n - place.seen < order.step:                                      # the rest is no whole step: dropped
+                place.epoch, place.seen = place.epoch + 1, 0
             bar.update(1)
-            alone, impatient = WORLD == 1, time.monotonic() - logged > 10  # several must log at the same step
-            if step % LOG_EVERY and step < last and not (alone and (stopped or impatient)):
+            judge = c.eval_every and place.step % (per_pass * c.eval_every) == 0
+            if place.step % every and place.step < last and not judge and not (WORLD == 1 and stopped):
                 continue
 
             # A log line: means over the steps since the last one, and over the ranks.
@@ -363,30 +454,37 @@ def fit(model, clips, order, config, checkpoint, max_steps, dtype, device):
             rows = torch.stack([torch.stack([line[name].float() for name in names]) for line in recent])
             if WORLD > 1:
                 dist.all_reduce(rows)
-            rows, recent = (rows / WORLD).tolist(), []                                     # steps x numbers
+            rows, recent = (rows / WORLD).tolist(), []                                                     # steps x numbers
             now, everyone = time.monotonic(), gather((bool(stopped), hopeless, found))
             new = {path: reason for *_, theirs in everyone for path, reason in theirs.items() if path not in unreadable}
             unreadable, found = unreadable | new, {}
             for path, reason in new.items():
                 say(f"unreadable video {path}: {reason}; another clip takes its place")
-            line = {"step": step, "epoch": step * c.epochs / c.steps, "lr": rate}
+            line = {"step": place.step, "epoch": place.step * c.epochs / c.steps, "lr": rate}
             line |= {name: sum(values) / len(rows) for name, values in zip(names, zip(*rows))}
             line |= {"clips_per_second": len(rows) * c.global_batch / (now - logged),
                      "data_wait": waited / (now - logged), "unreadable_videos": len(unreadable)}
-            logged, waited = now, 0.0
+            if judge:
+                line |= evaluate(model.encoder, c, device)
+                say(f"epoch {line['epoch']:g}: linear probe {line['linear_probe']:.1%}, k-NN {line['knn']:.1%}")
+            logged, waited = time.monotonic(), 0.0
             bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['clips_per_second']:.1f} clips/s, "
                                 f"{line['data_wait']:.0%} waiting for data")
             if RANK == 0:
                 with open(log, "a") as file:
                     file.write(json.dumps(line) + "\n")
-            for number, row in enumerate(rows, start=step - len(rows) + 1):
-                if not all(map(math.isfinite, row[:1] if scaler.is_enabled() else row)):     # fp16 skips such gradients
+            for number, row in enumerate(rows, start=place.step - len(rows) + 1):
+                if not all(map(math.isfinite, row[:1] if scaler.is_enabled() else row)):         # fp16 skips such gradients
                     raise RunError(f"expected a finite loss and gradient, found loss {row[0]}, norm {row[1]} at step "
                                    f"{number}: the last good checkpoint is untouched, start anew from it with --init "
                                    f"{out / 'last.pt'}, another --out and a lower --lr or --amp off")
+            verdict = collapse(line, mask.sum().item()) if place.step > c.warmup_steps else None
+            verdicts = verdicts + 1 if verdict else 0
+            if verdicts == 10:                                                          # ten log lines in a row, said once
+                say(verdict)
             too_many = any(each for _, each, _ in everyone) or len(unreadable) > max(TOLERATED, len(clips) // 100)
             stop = any(each for each, *_ in everyone)
-            if step == last or stop or too_many or now - saved > SAVE_SECONDS:
+            if place.step == last or stop or too_many or now - saved > SAVE_SECONDS:
                 save()
                 saved = now
             if too_many:
@@ -394,28 +492,57 @@ def fit(model, clips, order, config, checkpoint, max_steps, dtype, device):
                                f"mend those named above and --resume {out}, or start a new run without them")
             if stop:
                 break
-    if step < c.steps:
-        say(f"stopped after step {step:,} of {c.steps:,}; go on with --resume {out}")
-    return step == c.steps
+    if place.step < c.steps:
+        say(f"stopped after step {place.step:,} of {c.steps:,}; go on with --resume {out}")
+    return place.step == c.steps
+
+
+def collapse(line, tubes):
+    """A sentence if a log line after warmup shows collapsed features (paper: what Sinkhorn is there to prevent)."""
+    if "log_k" not in line:
+        return None
+    effective, log_k = math.exp(line["entropy"]), line["log_k"]
+    advice = "lower --lr or --eps, or give Sinkhorn more tubes at a time (--batch-size, more processes)"
+    if effective < 0.25 * min(math.exp(log_k), tubes):
+        return f"collapsed? {tubes:,} hidden tubes share no more than {effective:.0f} of {math.exp(log_k):.0f} prototypes: {advice}"
+    for term in ("target_term", "video_term"):
+        if abs(line[term] / log_k - 1) < 0.01 or line[term] < 0.05 * log_k:
+            return f"collapsed? {term} stays at {line[term]:.2f} after warmup (ln K is {log_k:.2f}; near it or 0 is bad): {advice}"
 
 
 # --- What was learned -------------------------------------------------------------------------------------------------
 
+def sample(clips, number):
+    """Keys of up to `number` clips, spread over the whole set."""
+    return [(0, i) for i in torch.linspace(0, len(clips) - 1, min(number, len(clips))).long().tolist()]
+
+
 @torch.no_grad()
-def pooled_features(encoder, clips, device):
-    """Mean over the tokens of each clip, (n, D) float32, and the labels (n,). Raises RunError if one can't be read."""
+def pooled_features(encoder, clips, c, device):
+    """Mean over the tokens of up to EVAL_CLIPS clips, (n, D) float32 on the CPU, and their labels (n,); all ranks share
+    the work. A video that can't be read has the label -1."""
     features, labels = [], []
-    keys = [(0, index) for index in range(len(clips))]
-    for video, _, label, _, bad in tqdm(loader(clips, 128, keys, 0), desc="features", unit="batch", leave=False):
-        if any(bad):
-            raise RunError(f"expected videos that can be read, found {max(bad)[0]}: mend or remove it")
-        features.append(encoder(normalise(video, device)).mean(dim=1).float().cpu())
-        labels.append(label)
+    batches = loader(clips, 64, sample(clips, EVAL_CLIPS)[RANK::WORLD], c.workers, device)
+    for video, _, label, _, bad in tqdm(batches, desc="features", unit="batch", leave=False, disable=RANK > 0):
+        with autocast(c.amp, device):
+            features.append(encoder(normalise(video, device)).mean(dim=1).float().cpu())
+        labels.append(label.masked_fill(torch.tensor([len(each) > 0 for each in bad]), -1))
+    parts = gather((torch.cat(features), torch.cat(labels)) if labels else None)
+    features, labels = zip(*filter(None, parts))
     return torch.cat(features), torch.cat(labels)
+
+
+def evaluate(encoder, c, device):
+    """Top-1 of linear probe and k-NN on the frozen encoder: fitted on the training split, tested on the validation split."""
+    options = dict(crop=centre_crop, repeat=1)
+    features = [part for split in ("train", "val")
+                for part in pooled_features(encoder, make_clips(c, encoder.tube, split, **options), c, device)]
+    return {"linear_probe": linear_probe(*features), "knn": nearest_neighbours(*features)}
 
 
 def linear_probe(train, train_labels, test, test_labels):
     """Top-1 of ridge regression to one-hot labels from frozen features, standardised by the training set."""
+    train, train_labels = train[train_labels >= 0], train_labels[train_labels >= 0]
     mean, std = train.mean(dim=0), train.std(dim=0) + 1e-6
     train, test, targets = (train - mean) / std, (test - mean) / std, F.one_hot(train_labels).float()
     covariance = train.T @ train + 10 * torch.eye(train.shape[1])
@@ -425,6 +552,7 @@ def linear_probe(train, train_labels, test, test_labels):
 
 def nearest_neighbours(train, train_labels, test, test_labels, k=20, temperature=0.07):
     """Top-1 of k-NN by cosine; a neighbour's vote weighs exp(cosine / temperature)."""
+    train, train_labels = train[train_labels >= 0], train_labels[train_labels >= 0]
     cosines, index = (F.normalize(test, dim=1) @ F.normalize(train, dim=1).T).topk(min(k, len(train)), dim=1)
     votes = torch.zeros(len(test), int(train_labels.max()) + 1)
     votes.scatter_add_(1, train_labels[index], (cosines / temperature).exp())
@@ -434,23 +562,18 @@ def nearest_neighbours(train, train_labels, test, test_labels, k=20, temperature
 def picture(path, rows, height):
     """Writes rows (r, n, 3, h, w) uint8 of images as one PNG, each image `height` pixels high."""
     images = F.interpolate(rows.flatten(0, 1).float(), scale_factor=height / rows.shape[-2], mode="nearest-exact")
-    write_png(path, make_grid(images.byte(), nrow=rows.shape[1], padding=2, pad_value=255))
+    save_image(images / 255, path, nrow=rows.shape[1], padding=2, pad_value=1)
     return path
-
-
-def sample(clips, number):
-    """Keys of up to `number` clips, spread over the whole set."""
-    return [(0, i) for i in torch.linspace(0, len(clips) - 1, min(number, len(clips))).long().tolist()]
 
 
 def show_masks(path, clips):
     """Three clips, up to eight frames of each, and below each the same with its hidden tubes in grey."""
     rows = []
-    for video, mask, *_ in map(clips.__getitem__, sample(clips, 3)):
-        hidden = mask.view(1, *clips.grid)
+    for videos, masks, *_ in map(clips.__getitem__, sample(clips, 3)):
+        hidden = masks[0].view(1, *clips.grid)
         for axis, step in enumerate(clips.tube, start=1):
             hidden = hidden.repeat_interleave(step, dim=axis)                                                 # 1 T S S
-        rows += [frames[:, ::max(1, frames.shape[1] // 8)] for frames in (video, video.masked_fill(hidden, 128))]
+        rows += [frames[:, ::max(1, frames.shape[1] // 8)] for frames in (videos[0], videos[0].masked_fill(hidden, 128))]
     return picture(path, torch.stack(rows).transpose(1, 2), height=96)
 
 
@@ -473,26 +596,21 @@ def show_prototypes(path, model, clips, device, number=12, nearest=8):
     return picture(path, rearrange(found, "n k c p q r -> k n c q (p r)"), height=48)
 
 
-def show(model, clips, config, device):
-    """On the toy set linear probe and k-NN of the untrained and of the trained encoder; results.json; pictures."""
-    c, out, results = argparse.Namespace(**config), Path(config["out"]), {"config": config}
-    if c.data == "toy":
-        val = make_clips(c, clips.tube, "val", cache={})
-        torch.manual_seed(c.seed)
-        encoders = {"untrained": build_model(c.model, target=c.target).to(device).encoder, "trained": model.encoder}
-        protocol = (f"frozen encoder, mean over tokens; {len(clips):,} training and {len(val):,} held-out clips, one "
-                    "view each; probe: ridge regression; k-NN: cosine, k = 20, temperature 0.07; chance 12.5%")
-        results["protocol"] = protocol
-        tqdm.write(f"top-1 on held-out clips ({protocol})\n{'':12}linear probe    k-NN")
-        for name, encoder in encoders.items():
-            features = [*pooled_features(encoder, clips, device), *pooled_features(encoder, val, device)]
-            results[name] = {"linear_probe": linear_probe(*features), "knn": nearest_neighbours(*features)}
-            tqdm.write(f"{name:12}{results[name]['linear_probe']:12.1%}{results[name]['knn']:8.1%}")
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    files = [out / "last.pt", out / "log.jsonl", out / "results.json", show_masks(out / "masks.png", clips)]
-    if c.target != "pixel":
-        files.append(show_prototypes(out / "prototypes.png", model, clips, device))
-    tqdm.write("wrote " + ", ".join(map(str, files)))
+def show(model, clips, c, device):
+    """Linear probe and k-NN, on the toy set of the untrained encoder too; results.json; pictures."""
+    out, results = Path(c.out), {"config": vars(c)}
+    encoders = {"untrained": make_model(c, device).encoder} if c.data == "toy" else {}
+    for name, encoder in (encoders | {"trained": model.encoder}).items() if encoders or c.eval_every else ():
+        results[name] = evaluate(encoder, c, device)
+        say(f"{name:13}linear probe {results[name]['linear_probe']:.1%}, k-NN {results[name]['knn']:.1%}")
+    if RANK == 0:
+        results["protocol"] = (f"top-1 on validation clips; frozen encoder, mean over tokens, one view of each of at most "
+                               f"{EVAL_CLIPS:,} clips; probe: ridge regression; k-NN: cosine, k = 20, temperature 0.07")
+        (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        files = [out / "last.pt", out / "log.jsonl", out / "results.json", show_masks(out / "masks.png", clips)]
+        if c.target != "pixel":
+            files.append(show_prototypes(out / "prototypes.png", model, clips, device))
+        say(results["protocol"] * (len(results) > 2) + "\nwrote " + ", ".join(map(str, files)))
 
 
 # --- Benchmark --------------------------------------------------------------------------------------------------------
@@ -509,50 +627,76 @@ def seconds(work, device, repeat=5):
     return sorted(times[1:])[repeat // 2]
 
 
-def bench(config, device):
+def naive_clip(path, frames, size):
+    """The simple way to read a clip, to compare with: all frames decoded and converted, then resized as floats."""
+    with av.open(path) as container:
+        video = torch.stack([torch.from_numpy(f.to_ndarray(format="rgb24")) for f in container.decode(video=0)])
+    clip = video[:frames].permute(0, 3, 1, 2).float() / 255
+    return F.interpolate(clip, (size, size), mode="bilinear", antialias=True)
+
+
+def time_loading(clips, spend=10):
+    """Clips that one core reads in a second of its time: (this loader, the naive one), in turns on the same videos."""
+    threads, spent, read = torch.get_num_threads(), [0.0, 0.0], 0
+    torch.set_num_threads(1)                                                                # as in the loader's workers
+    clips[0, 0]
+    for _, index in sample(clips, 1000):
+        for way, work in enumerate((lambda: clips[0, index],
+                                    lambda: naive_clip(clips.videos.paths[index], clips.frames, clips.size))):
+            start = time.process_time()
+            work()
+            spent[way] += time.process_time() - start
+        read += 1
+        if sum(spent) > spend:
+            break
+    torch.set_num_threads(threads)
+    return read * clips.repeat / spent[0], read / spent[1]
+
+
+def bench(c, given, device):
     """Prints how fast the loader, a training step and Sinkhorn are on this machine. Trains nothing, writes no run."""
-    c = argparse.Namespace(**config)
-    dtype = precision(c.amp, device)
-    model = build_model(c.model, target=c.target).to(device)
-    clips = make_clips(c, model.encoder.tube, cache=None)
-    batches = iter(loader(clips, 4, ((epoch, i) for epoch in count() for i in range(len(clips))), workers=1))
-    next(batches)                                                                       # the worker has started
-    start, read = time.perf_counter(), 0
-    while (spent := time.perf_counter() - start) < 10:
-        read += len(next(batches)[0])
-    loading = read / spent
-    del batches
-
-    optimizer, mask = make_optimizer(model), tube_mask(c.batch_size, clips.grid, c.ratio)
-    video = normalise(torch.randint(256, (c.batch_size, 3, c.frames, c.size, c.size), dtype=torch.uint8), device)
-
-    def step():
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            loss, _ = model(video, mask)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    large = torch.randn(4096, 4096, device=device, dtype=dtype)
-    product = 2 * 4096 ** 3 / seconds(lambda: large @ large, device)                              # operations a second
-    training = c.batch_size / seconds(step, device)                                               # clips a second
-    work = training_flops(model, clips.grid, int(mask[0].sum()))
-    gpu, name = device.type == "cuda", str(dtype or torch.float32).removeprefix("torch.")
-    rows = [("loader, one worker", f"{loading:,.1f} clips/s", f"{c.data}, {c.frames} x {c.size} x {c.size}"),
-            ("training step", f"{training:,.2f} clips/s", f"{c.model}, {c.target}, batch {c.batch_size}, {name}"),
-            ("arithmetic", f"{work / 1e9:,.2f} GFLOP/clip", "forward and backward, as sigma.training_flops counts"),
-            ("share of matrix product", f"{work * training / product:.0%}", f"of {product / 1e9:,.0f} GFLOP/s, 4096^2")]
+    model, rows, loading = make_model(c, device), [], None
+    try:
+        clips = make_clips(c, model.encoder.tube, cache=None)
+        loading, naive = time_loading(clips)
+        rows.append(("loader, one core", f"{loading:,.1f} clips/s", f"{c.data}, {c.frames} x {c.size} x {c.size}, "
+                     f"repeat {c.repeat}; {loading / naive:.1f} times naive PyAV's {naive:,.1f}"))
+    except UserError as error:
+        rows.append(("loader", "not measured", str(error)))
+    c.batch_size = split_batch(c, given, len(clips) if loading else c.batch_size)[0]
+    grid = [size // step for size, step in zip((c.frames, c.size, c.size), model.encoder.tube)]
+    large = torch.randn(4096, 4096, device=device)
+    with autocast(c.amp, device):
+        product = 2 * 4096 ** 3 / seconds(lambda: large @ large, device)                            # operations a second
+        name = str(torch.mm(large[:1], large[:, :1]).dtype).removeprefix("torch.")
+    mask = tube_mask(1, grid, c.ratio)
+    with FlopCounterMode(display=False) as counter:              # of one clip, nothing computed twice, before compiling
+        build_model(c.model, target=c.target).to(device)(
+            torch.zeros(1, 3, c.frames, c.size, c.size, device=device), mask)[0].backward()
+    work = counter.get_total_flops()
+    training = c.batch_size / time_batch(model, c, grid, device, make_optimizer(model), repeat=5)    # clips a second
+    rows.append(("training step", f"{training:,.2f} clips/s", f"{c.model}, {c.target}, batch {c.batch_size}, {name}"))
+    gpu = device.type == "cuda"
+    rows += [("arithmetic", f"{work / 1e9:,.2f} GFLOP/clip", "forward and backward, matrix products"),
+             ("share of matrix product", f"{work * training / product:.0%}", f"of {product / 1e9:,.0f} GFLOP/s, 4096^2")]
     if c.target != "pixel":
-        n, k = int(mask.sum()), len(model.prototypes)
+        n, k = int(mask.sum()) * c.batch_size, len(model.prototypes)
         scores, vector = 2 * torch.rand(n, k, device=device) - 1, torch.rand(k, device=device)
         ratio = seconds(lambda: sinkhorn(scores, model.eps), device) / seconds(lambda: scores @ vector, device)
         rows.append(("Sinkhorn", f"{ratio:.0f} products", f"of the {n:,} x {k:,} scores with a vector"))
     peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rows.append(("peak memory", f"{peak / 2 ** 30:.2f} GiB", "of the GPU" if gpu else "of the process"))
+    if loading:
+        slower = "loader" if loading * max(c.workers, 1) < training else "model"
+        rows.append(("bottleneck", slower, f"with {c.workers} workers; {math.ceil(training / loading)} balance them"))
+    if videos := len(clips) if loading else SETS.get(c.data, {}).get("videos"):
+        hours = [f"{videos * c.epochs / training / count / 3600:,.3g}" for count in (1, 8, 64)]
+        rows.append(("hours for the recipe", " / ".join(hours), f"on 1 / 8 / 64 such {'GPUs' if gpu else 'machines'}: "
+                     f"{videos:,} videos x {c.epochs} epochs, if the loader keeps up"))
     where = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
-    say(f"{where}, torch {torch.__version__}")
+    print(f"{where}, torch {torch.__version__}")
     for label, value, note in rows:
-        say(f"{label:26}{value:>18}   {note}")
+        print(f"{label:26}{value:>18}   {note}")
 
 
 def main(argv=None):
@@ -560,24 +704,34 @@ def main(argv=None):
     given = parse(argv)
     try:
         config, checkpoint = configure(given)
+        c = Namespace(**config)
+        if "bench" in given and WORLD > 1:
+            raise UserError(f"expected --bench in one process, found {WORLD}: run it without torchrun")
         device = set_up()
-        if config["data"] == "toy":
+        if c.data == "toy":
             if RANK == 0:
-                make_toy(TOY)
+                make_toy(c.root or "data/toy")
             gather(None)                                                        # the others wait until it is there
         if "bench" in given:
-            bench(config, device)
+            bench(c, given, device)
         else:
-            pretrain(config, checkpoint, given.get("init"), given.get("max_steps"), device)
+            pretrain(c, given, checkpoint, device)
         return 0
-    except (UserError, RunError, OSError, torch.OutOfMemoryError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            error = "expected the batch to fit into the GPU's memory, it did not: lower --batch-size and raise --accum"
+    except (UserError, RunError, OSError, RuntimeError) as error:
+        known = {"DataLoader worker": "a loader worker was killed, often for want of memory: lower --workers",
+                 "out of memory": "a batch did not fit into memory: lower --batch-size",
+                 "onnection": "another process of the run is gone: its own message says why"}
+        if not isinstance(error, (UserError, RunError, OSError)):
+            known = [sentence for part, sentence in known.items() if part in str(error)]
+            if not known:
+                raise
+            error = f"{known[0]}; go on with --resume"
         if RANK:                            # what all ranks find wrong the first one says, and torchrun ends the others
             time.sleep(3)
         print(f"error{f' on rank {RANK}' if RANK else ''}: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     finally:
+        kill_workers()
         if dist.is_initialized():
             dist.destroy_process_group()
 
