@@ -1,9 +1,12 @@
 """What each part of SIGMA must do, as short tests: `python -m pytest -q`. No network, no GPU, no files from outside."""
+import argparse
 import inspect
 import io
 import json
 import math
+import multiprocessing
 import os
+import random
 import re
 import signal
 import subprocess
@@ -28,6 +31,7 @@ from data import Clips, Order, UserError, VideoError, collate, decode, find_vide
 from sigma import SIGMA, build_model, sinkhorn, split_mask, symmetric_loss, take_tubes, tube_mask
 
 HERE = Path(__file__).parent
+CHILDREN = multiprocessing.get_context("forkserver")                               # starts in a moment: torch is there
 GRID, TUBE, SIZE = (2, 4, 4), (2, 8, 8), (4, 32, 32)                  # of the clips that the tests give to small models
 
 
@@ -622,6 +626,196 @@ def test_videos_are_found_in_class_folders_flat_folders_and_lists(tmp_path):
         find_videos(tmp_path / "none")
 
 
+@pytest.fixture(scope="session")
+def clip_file(tmp_path_factory):
+    """A tiny video in each container that the data sets come in: {suffix: bytes}."""
+    folder = tmp_path_factory.mktemp("clip")
+    codecs = {".mp4": ("libx264", {}), ".avi": ("mpeg4", {}), ".webm": ("libvpx-vp9", {"deadline": "realtime"})}
+    return {end: Path(write_numbered(folder / f"v{end}", codec, count=20, **options)).read_bytes()
+            for end, (codec, options) in codecs.items()}
+
+
+def put(root, files, clip_file):
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(clip_file[path.suffix] if text is None else text.encode())
+
+
+HEADER = "label,youtube_id,time_start,time_end,split\n"
+LAYOUTS = {                                                             # files; training and validation labels; missing
+    "k400 in class folders": ("k400", {"train/air drumming/a.mp4": None, "train/zumba/b.mp4": None, "val/zumba/c.mp4": None,
+                                       "train/zumba/d.mp4": None}, [0, 1, 1], [1], 0),
+    "k400 with its tables": ("k400", {
+        "train/x/abcdefghijk_000010_000020.mp4": None, "train/-bcdefghijk_000001_000011.mp4": None,
+        "val/zzz_000000_000010.mp4": None, "annotations/val.csv": HEADER + "zumba,zzz,0,10,validate\n",
+        "annotations/train.csv": HEADER + "zumba,abcdefghijk,10,20,train\nabseiling,-bcdefghijk,1,11,train\n"
+                                          '"a, b",gone,5,15,train\n'}, [2, 1], [2], 1),
+    "k400 with lists": ("k400", {"v/a b.mp4": None, "v/c.mp4": None, "train.csv": "v/a b.mp4 7\nv/gone.mp4 3\n",
+                                 "val.csv": "v/c.mp4 7\n"}, [7], [7], 1),
+    "ssv2": ("ssv2", {
+        "20bn-something-something-v2/1.webm": None, "20bn-something-something-v2/2.webm": None,
+        "labels/labels.json": json.dumps({"Holding something": "0", "Moving something up": "1"}),
+        "labels/train.json": json.dumps([{"id": "1", "label": "moving a cup up", "template": "Moving [something] up"},
+                                         {"id": "9", "label": "gone", "template": "Holding [something]"}]),
+        "labels/validation.json": json.dumps([{"id": "2", "template": "Holding [something]"}])}, [1], [0], 1),
+    "ucf101": ("ucf101", {
+        "UCF-101/Kayaking/v_Kayaking_g01_c01.avi": None, "UCF-101/YoYo/v_YoYo_g01_c01.avi": None,
+        "ucfTrainTestlist/classInd.txt": "1 Kayaking\r\n2 YoYo\r\n",
+        "ucfTrainTestlist/trainlist01.txt": "YoYo/v_YoYo_g01_c01.avi 2\r\nYoYo/v_YoYo_g09_c01.avi 2\r\n",
+        "ucfTrainTestlist/testlist01.txt": "Kayaking/v_Kayaking_g01_c01.avi\r\n"}, [1], [0], 1),
+    "hmdb51": ("hmdb51", {
+        "clap/a.avi": None, "clap/b.avi": None, "wave/a.avi": None,
+        "testTrainMulti_7030_splits/clap_test_split1.txt": "a.avi 2 \nb.avi 1 \nc.avi 1 \n",
+        "testTrainMulti_7030_splits/wave_test_split1.txt": "a.avi 1 \nd.avi 0 \n"}, [0, 1], [0], 1)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_data_set_is_found_as_people_have_it_and_trains_by_its_recipe(layout, clip_file, tmp_path, monkeypatch, capsys):
+    name, files, train_labels, val_labels, missing = LAYOUTS[layout]
+    put(tmp_path / "data" / name, files, clip_file)
+    monkeypatch.chdir(tmp_path)
+    found, val = find_videos(name), find_videos(name, "val")
+    assert (found.labels, val.labels, len(found.passed_over)) == (train_labels, val_labels, missing)
+    assert train.main(["--data", name, "--model", "small", "--size", "32", "--frames", "4", "--max-steps", "1",
+                       "--out", "run"]) == 0
+    plan, recipe = capsys.readouterr().out, data.recipe(name, "small")
+    for text in (f"{len(train_labels)} videos in {name}", f"{missing} missing", f"4 frames, {recipe['stride']} apart",
+                 f"{recipe['epochs']} epochs", f"eps {recipe['eps']}", f"global batch of {recipe['global_batch']}", "hours"):
+        assert text in plan, text
+    assert Path("run/passed_over.txt").exists() == bool(missing)
+
+
+def test_a_set_that_is_not_there_or_laid_out_otherwise_ends_in_a_sentence_with_the_expected_tree(tmp_path, clip_file):
+    put(tmp_path, {"something/else/v.avi": None, "labels.json": "{", "train.json": "[]"}, clip_file)
+    for name, tree in (("k400", "{train,val}/<class>/*.mp4"), ("ucf101", "UCF-101/<Class>/v_*.avi"),
+                       ("hmdb51", "testTrainMulti_7030_splits")):
+        with pytest.raises(UserError, match=re.escape(tree)):
+            find_videos(name, root=tmp_path)
+    with pytest.raises(UserError, match="lists that can be read, found JSONDecodeError"):
+        find_videos("ssv2", root=tmp_path)
+
+
+def test_recipes_are_the_published_ones():
+    def of(name, model):
+        own = data.recipe(name, model)
+        return own["frames"], own["stride"], own["epochs"], own["eps"], own["global_batch"]
+    assert of("k400", "small") == of("k400", "base") == (16, 4, 800, 0.05, 640)
+    assert of("ssv2", "base") == (16, 2, 800, 0.03, 512) and of("ssv2", "small") == (16, 2, 2400, 0.05, 128)
+    assert [data.SETS[name]["classes"] for name in ("k400", "ssv2", "ucf101", "hmdb51")] == [400, 174, 101, 51]
+
+
+def test_one_decoding_pass_gives_several_clips_each_with_its_own_place_crop_and_mask(tmp_path, monkeypatch):
+    for i in range(6):
+        write_numbered(tmp_path / f"{i}.mp4", count=60)
+    passes = []
+    monkeypatch.setattr(data, "decode", lambda *arguments: passes.append(arguments) or decode(*arguments))
+    clips = clips_of(tmp_path, repeat=4, size=48, tube=(2, 16, 16), crop=data.centre_crop)
+    video, mask, *_ = clips[0, 0]
+    assert len(passes) == 1 and video.shape == (4, 3, 4, 48, 48) and mask.shape == (4, 18)
+    numbers = [[sum((frame[:, 16 + 16 * (b // 4), 16 * (b % 4)].float().mean().item() > 128) << b for b in (1, 2, 5, 6))
+                for frame in clip.transpose(0, 1)] for clip in video]
+    assert len({tuple(n) for n in numbers}) > 1 and len({tuple(m.tolist()) for m in mask}) > 1
+    whole = data.collate([clips[0, i] for i in range(3)])
+    assert whole[0].shape[0] == whole[1].shape[0] == 12
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--data", ".", "--model", "tiny", "--epochs", "8", "--batch-size", "6", "--accum", "1", "--out", "out/r"]
+    passes.clear()
+    assert train.main([*arguments, "--repeat", "2", "--workers", "0"]) == 0
+    trained = [key for key in passes if key[1].__qualname__.endswith("choose")]
+    # 8 epochs of 6 clips are 8 steps of 6 clips, from 8 x 3 decodings; the learning rate counts clips.
+    assert log_of("out/r")[-1]["step"] == 8 and log_of("out/r")[-1]["epoch"] == 8
+    assert torch.load("out/r/last.pt", weights_only=True)["config"]["peak_lr"] == pytest.approx(6e-3 * 6 / 256)
+    assert len(trained) >= 24 and torch.load("out/r/last.pt", weights_only=True)["epoch"] == 4
+
+
+def test_check_writes_the_good_and_the_bad_videos_of_each_split(tmp_path, clip_file, capsys):
+    put(tmp_path / "k400", {"train/a/1.mp4": None, "train/b/2 2.mp4": None, "train/b/3.mp4": "", "val/b/4.mp4": None,
+                            "train/b/notes.txt": ""}, clip_file)
+    out = tmp_path / "checked"
+    assert data.main(["check", "--data", "k400", "--root", str(tmp_path / "k400"), "--out", str(out), "--workers", "2"]) == 0
+    assert (out / "train.csv").read_text().split("\n") == [f"{tmp_path}/k400/train/a/1.mp4 0",
+                                                           f"{tmp_path}/k400/train/b/2 2.mp4 1", ""]
+    bad = (out / "bad.txt").read_text()
+    assert "3.mp4: it can't be read: Invalid data" in bad and "notes.txt: not a video" in bad and bad.count("\n") == 2
+    said = capsys.readouterr().out
+    assert "train: 2 good videos" in said and "val: 1 good" in said and "2 classes" in said
+    assert find_videos(out).labels == [0, 1] and find_videos(out, "val").labels == [1]
+    assert data.main(["check", "--data", "k400", "--root", str(tmp_path / "none")]) == 2
+
+
+def test_prepare_re_encodes_once_keeps_names_times_and_tables_and_leaves_nothing_half_written(tmp_path, clip_file, capsys):
+    source, target = tmp_path / "a", tmp_path / "b"
+    put(source, {"x/one.webm": None, "x/two.avi": None, "bad.mp4": "text", "list.csv": "x/one.webm 3\nx/two.avi 4\n"},
+        clip_file)
+    write_numbered(source / "long.mp4", count=80, rate=Fraction(25, 2), bf="2", g="250")
+    assert data.main(["prepare", str(source), str(target), "--workers", "2"]) == 0
+    assert {str(p.relative_to(target)) for p in target.rglob("*") if p.is_file()} == {
+        "x/one.mp4", "x/two.mp4", "long.mp4", "list.csv", "bad.txt"}
+    assert "bad.mp4: Invalid data" in (target / "bad.txt").read_text()
+    with av.open(str(target / "long.mp4")) as container:
+        assert [stream.type for stream in container.streams] == ["video"]
+        assert (container.streams.video[0].height, container.streams.video[0].width) == (256, 342)
+        frames = list(container.decode(video=0))
+    assert [i for i, frame in enumerate(frames) if frame.key_frame] == [0, 32, 64]
+    assert [float(frame.time) for frame in frames] == pytest.approx([i / 12.5 for i in range(80)], abs=1e-3)
+    numbers = [read_number(F.interpolate(f[None].float(), (48, 64))[0]) for f in decode(target / "long.mp4", lambda n: [5, 70])]
+    assert numbers == [5, 70]
+    assert find_videos(target / "list.csv").labels == [3, 4]                        # a list finds the files' new names
+    times = {p: p.stat().st_mtime_ns for p in target.rglob("*.mp4")}
+    (target / "x" / "one.mp4").unlink()
+    assert data.main(["prepare", str(source), str(target)]) == 0                                      # goes on
+    assert "2 of them in" in capsys.readouterr().out and (target / "x" / "one.mp4").exists()
+    assert all(p.stat().st_mtime_ns == time for p, time in times.items() if p.name != "one.mp4")
+    assert data.main(["prepare", str(source), str(source / "inside")]) == 2
+
+
+def test_prepare_killed_at_any_moment_leaves_only_whole_files_under_their_names(tmp_path):
+    for i in range(6):
+        write_numbered(tmp_path / f"{i}.mp4", count=100)
+    (tmp_path / "a").mkdir()
+    for i in range(6):
+        (tmp_path / f"{i}.mp4").rename(tmp_path / "a" / f"{i}.mp4")
+    for delay in (0.1, 0.3, 0.6):
+        child = CHILDREN.Process(target=data.main, args=(["prepare", str(tmp_path / "a"), str(tmp_path / "b"),
+                                                           "--workers", "0"],))
+        child.start()
+        time.sleep(delay)
+        child.kill()
+        child.join()
+        for path in find_videos(tmp_path / "b").paths if list((tmp_path / "b").glob("[!.]*.mp4")) else ():
+            assert len(decode(path, range)) == 100
+    assert data.main(["prepare", str(tmp_path / "a"), str(tmp_path / "b"), "--workers", "0"]) == 0
+    assert len(find_videos(tmp_path / "b").paths) == 6 and not list((tmp_path / "b").glob(".*"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_two_workers_read_hundreds_of_clips_without_growing(tmp_path):
+    list(damaged_files(tmp_path))
+    for i in range(8):
+        write_numbered(tmp_path / f"{i}.mp4", count=60, bf="2", g="12")
+    clips = clips_of(tmp_path, size=64)
+    sizes = []
+
+    def size():
+        pids = [worker.pid for worker in multiprocessing.active_children()]
+        open_files = [len(os.listdir(f"/proc/{pid}/fd")) for pid in pids]
+        pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids]
+        return max(open_files), max(pages) * os.sysconf("SC_PAGESIZE") / 2 ** 20
+
+    for epoch, batch in enumerate(data.loader(clips, 8, [(e, i % len(clips)) for e in range(60) for i in range(16)], 2)):
+        sizes.append(size())
+    files, memory = zip(*sizes)
+    assert len(sizes) == 120 and max(files[60:]) <= max(files[20:60]) + 1
+    assert max(memory[60:]) < max(memory[20:60]) + 8                                 # MiB; a leak of one container has 2
+    for _ in range(3):                                                               # a loop that is left early ends too
+        next(iter(data.loader(clips, 4, [(0, i) for i in range(8)] * 9, 2)))
+    deadline = time.monotonic() + 20
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not multiprocessing.active_children()
+
+
 def test_the_toy_set_is_the_same_for_the_same_seed_and_read_as_any_other_video(toy, tmp_path):
     data.make_toy(tmp_path / "toy", train=64, val=32)
     for split, number in (("train", 64), ("val", 32)):
@@ -728,6 +922,101 @@ def test_a_full_disk_leaves_the_checkpoints_that_were_there(tmp_path, monkeypatc
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+
+def train_in_child(folder, arguments):
+    """A training run that writes a checkpoint after each step."""
+    os.chdir(folder)
+    train.LOG_STEPS, train.SAVE_SECONDS = 1, 0
+    sys.exit(train.main(arguments))
+
+
+def test_a_run_killed_at_many_random_moments_ends_as_if_it_had_never_been(here):
+    CHILDREN.set_forkserver_preload(["train"])
+    arguments = ["--epochs", "60", "--batch-size", "16", "--accum", "1", "--lr", "0.001", "--seed", "5", "--max-steps", "100"]
+
+    def start(out):
+        again = ["--resume", out] if any(Path(out, name).exists() for name in train.CHECKPOINTS) else \
+            [*arguments, "--out", out]
+        child = CHILDREN.Process(target=train_in_child, args=(str(here), [*again, "--max-steps", "100"]))
+        child.start()
+        return child
+
+    calm = start("calm")
+    calm.join(120)
+    moments = random.Random(0)
+    for kills in range(8):
+        child = start("killed")
+        child.join(moments.uniform(0.5, 3))
+        child.kill()
+        child.join()
+    child = start("killed")
+    child.join(120)
+    assert calm.exitcode == child.exitcode == 0
+    calm, killed = (torch.load(f"{name}/last.pt", weights_only=True) for name in ("calm", "killed"))
+    assert calm["step"] == killed["step"] == 100
+    assert all(torch.equal(calm["model"][name], killed["model"][name]) for name in calm["model"])
+    assert [line["step"] for line in log_of("killed")] == list(range(1, 101))
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(here, capsys):
+    assert train.main(["--epochs", "9", "--batch-size", "64", "--out", "torn", "--max-steps", "2"]) == 0
+    assert train.main(["--resume", "torn", "--max-steps", "4"]) == 0
+    whole = Path("torn/last.pt").read_bytes()
+    for content in (whole[:len(whole) // 2], b"", None):
+        Path("torn/last.pt").unlink(missing_ok=True)
+        if content is not None:
+            Path("torn/last.pt").write_bytes(content)
+        path, checkpoint = train.read_checkpoint("torn")
+        assert path.name == "previous.pt" and checkpoint["step"] == 2
+        assert "going on from the checkpoint before, torn/previous.pt, step 2" in capsys.readouterr().out
+    assert train.main(["--resume", "torn"]) == 0
+    Path("torn/last.pt").write_bytes(b"")
+    Path("torn/previous.pt").write_bytes(b"")
+    assert train.main(["--resume", "torn"]) == 2
+
+
+@pytest.mark.parametrize("world, given, clips, expected", [
+    (1, {}, 9999, (40, 16)), (16, {}, 9999, (40, 1)), (64, {}, 9999, (10, 1)), (8, {}, 9999, (40, 2)),
+    (8, {"batch_size": 20}, 9999, (20, 4)), (2, {"batch_size": 32}, 9999, (32, 10)), (4, {"accum": 8}, 9999, (20, 8)),
+    (64, {"batch_size": 32}, 9999, (32, 1)), (1, {}, 12, (12, 1)), (2, {"batch_size": 2}, 12, (2, 3))])
+def test_the_recipe_fixes_the_global_batch_and_accumulation_follows(world, given, clips, expected, monkeypatch):
+    monkeypatch.setattr(train, "WORLD", world)
+    c = argparse.Namespace(**train.COMMON | data.recipe("k400", "base") | given)
+    assert train.split_batch(c, given, clips) == expected
+
+
+def test_features_on_few_prototypes_or_a_loss_stuck_at_ln_k_are_called_a_collapse():
+    log_k = math.log(3000)
+    healthy = dict(target_term=7.1, video_term=7.4, log_k=log_k, entropy=log_k - 0.2)
+    assert train.collapse(healthy, 50_000) is None and train.collapse({"pixel_term": 0.5}, 50_000) is None
+    assert train.collapse(healthy | dict(entropy=math.log(900)), 1000) is None                 # few tubes use few prototypes
+    assert "share no more than 90 of 3000 prototypes" in train.collapse(healthy | dict(entropy=math.log(90)), 50_000)
+    assert "video_term stays at 8.01" in train.collapse(healthy | dict(video_term=8.01), 50_000)
+    assert "target_term stays at 0.10" in train.collapse(healthy | dict(target_term=0.1), 50_000)
+
+
+def test_a_collapsed_run_says_so_once(here, capsys, monkeypatch):
+    monkeypatch.setattr(train, "LOG_STEPS", 1)
+    monkeypatch.setattr(sigma.SIGMA, "embed", lambda self, video, hidden, features=None: self.projector(
+        torch.ones(*hidden.shape, 768)))                                                      # the same for each tube
+    assert train.main(["--epochs", "40", "--out", "collapsed", "--max-steps", "40", "--lr", "0"]) == 0
+    assert capsys.readouterr().out.count("collapsed? ") == 1
+
+
+def test_accuracy_is_measured_every_so_many_epochs(here, capsys):
+    assert train.main(["--epochs", "5", "--batch-size", "32", "--out", "judged", "--eval-every", "2"]) == 0
+    assert [line["epoch"] for line in log_of("judged") if "knn" in line] == [2, 4]
+    assert "epoch 2: linear probe" in capsys.readouterr().out
+
+
+def test_the_benchmark_names_the_bottleneck_and_the_hours(here, capsys, monkeypatch):
+    monkeypatch.setattr(train, "BENCH_SECONDS", 0.5)
+    assert train.main(["--bench", "--batch-size", "8"]) == 0
+    shown = capsys.readouterr().out
+    for text in ("times naive PyAV", "training step", "share of matrix product", "bottleneck", "balance them", "1 / 8 / 64"):
+        assert text in shown, text
+
+
 def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
     rate = [train.learning_rate(step, 100, 10, 1.0, 0.1) for step in range(100)]
     assert rate[0] == 0 and rate[9] == rate[10] == 1
@@ -806,6 +1095,9 @@ def test_a_set_without_any_readable_video_ends_the_run(tmp_path, monkeypatch, ca
 
 # --- Two processes ----------------------------------------------------------------------------------------------------
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+
+
 def half_of_the_batch(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model, (video, mask) = small(), batch()
@@ -835,12 +1127,40 @@ def test_two_processes_give_the_loss_gradients_and_assignments_of_one_with_the_w
 
 
 def test_torchrun_trains_on_two_processes(here):
-    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-                             str(HERE / "train.py"), "--epochs", "4", "--batch-size", "16", "--out", "two"],
+    result = subprocess.run([*TORCHRUN, str(HERE / "train.py"), "--epochs", "4", "--batch-size", "16", "--out", "two"],
                             cwd=here, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "2 processes x 16 clips x 2 accumulated = 64" in result.stdout and result.stdout.count("untrained") == 1
     assert log_of("two")[-1]["step"] == 4
+
+
+def test_a_run_goes_on_with_another_number_of_processes_as_if_nothing_had_changed(here):
+    assert train.main(["--epochs", "3", "--batch-size", "16", "--accum", "1", "--out", "one"]) == 0
+    assert train.main(["--epochs", "3", "--batch-size", "16", "--accum", "1", "--out", "more", "--max-steps", "6"]) == 0
+    result = subprocess.run([*TORCHRUN, str(HERE / "train.py"), "--resume", "more"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "it had 1 processes x 16 clips x 1" in result.stdout and "2 processes x 8 clips x 1" in result.stdout
+    one, more = (torch.load(f"{name}/last.pt", weights_only=True) for name in ("one", "more"))
+    assert one["step"] == more["step"] == 12
+    assert all(torch.allclose(one["model"][name], more["model"][name], atol=1e-4) for name in one["model"])
+    assert train.main(["--epochs", "4", "--batch-size", "16", "--accum", "1", "--out", "odd", "--max-steps", "6"]) == 0
+    assert train.main(["--resume", "odd", "--batch-size", "12"]) == 0                       # another global batch: 64 = 5 x 12
+    assert torch.load("odd/last.pt", weights_only=True)["epoch"] == 4
+
+
+def test_a_process_that_dies_ends_the_whole_job_within_a_minute(here):
+    job = subprocess.Popen([*TORCHRUN, str(HERE / "train.py"), "--epochs", "100000", "--out", "dies"],
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not Path("dies/log.jsonl").exists() or "\n" not in Path("dies/log.jsonl").read_text():
+        assert job.poll() is None
+        time.sleep(0.1)
+    ranks = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and p.joinpath("stat").exists()
+             and p.joinpath("stat").read_text().rsplit(")", 1)[1].split()[1] == str(job.pid)]
+    os.kill(max(ranks), signal.SIGKILL)
+    try:
+        assert job.wait(timeout=60) != 0
+    finally:
+        job.kill()
 
 
 # --- README.md --------------------------------------------------------------------------------------------------------

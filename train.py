@@ -43,6 +43,7 @@ BETAS, WEIGHT_DECAY, FINAL_LR = (0.9, 0.95), 0.05, 1e-5         # AdamW's; rates
 LOG_STEPS, LOG_SECONDS, SAVE_SECONDS = 10, 10, 600              # a log line every 10 steps, or 10 seconds if that is less
 TOLERATED = 5                                                   # unreadable videos in a set of which 1% would be fewer
 EVAL_CLIPS = 10_000                                             # of each split, for the probe and k-NN while training
+BENCH_SECONDS = 10                                              # in which --bench reads videos
 RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))    # torchrun's
 
 
@@ -635,7 +636,7 @@ def naive_clip(path, frames, size):
     return F.interpolate(clip, (size, size), mode="bilinear", antialias=True)
 
 
-def time_loading(clips, spend=10):
+def time_loading(clips):
     """Clips that one core reads in a second of its time: (this loader, the naive one), in turns on the same videos."""
     threads, spent, read = torch.get_num_threads(), [0.0, 0.0], 0
     torch.set_num_threads(1)                                                                # as in the loader's workers
@@ -647,7 +648,7 @@ def time_loading(clips, spend=10):
             work()
             spent[way] += time.process_time() - start
         read += 1
-        if sum(spent) > spend:
+        if sum(spent) > BENCH_SECONDS:
             break
     torch.set_num_threads(threads)
     return read * clips.repeat / spent[0], read / spent[1]
