@@ -55,10 +55,11 @@ class VideoError(Exception):
 
 # --- Data sets: recipe and layout -------------------------------------------------------------------------------------
 
-SETS = {  # Recipes for pretraining, as published where the paper has one (ucf101 and hmdb51: k400's); global batch: GPUs x
-    # clips on each. "small": what differs for that model. videos: in the training split, about. layout: below the root.
-    "any": dict(frames=16, stride=4, size=224, ratio=0.9, epochs=800, batch_size=40, lr=1.5e-4, warmup=40, eps=None,
-                global_batch=None, workers=min(8, os.cpu_count())),
+VIDEO = dict(frames=16, stride=4, size=224, ratio=0.9, epochs=800, batch_size=40, lr=1.5e-4, warmup=40, eps=None,
+             global_batch=None, workers=min(8, os.cpu_count()))                # of any videos; a set's own come on top:
+# As published, where the paper pretrains on a set (ucf101 and hmdb51: as k400). global_batch: GPUs x clips on each.
+# small: what differs for that model. videos: of the training split, about. layout: what lies below the root.
+SETS = {
     "k400": dict(videos=241_000, classes=400, stride=4, epochs=800, eps=0.05, global_batch=16 * 40,
                  layout="{train,val}/<class>/*.mp4, or the csv tables label,youtube_id,time_start,... beside them"),
     "ssv2": dict(videos=168_913, classes=174, stride=2, epochs=800, eps=0.03, global_batch=16 * 32,
@@ -75,9 +76,10 @@ SPLITS = ("train", "val", "test")
 
 
 def recipe(data, model):
-    """Default settings for pretraining `model` on `data`. The tiny model takes clips like the toy set's from any data."""
+    """The default settings for pretraining `model` on `data`. The tiny one takes clips like toy's from any data."""
     own = SETS.get("toy" if model == "tiny" else data, {})
-    return SETS["any"] | own | (own.get("small", {}) if model == "small" else {})
+    own = own | own.get("small", {}) if model == "small" else own
+    return {name: own.get(name, default) for name, default in VIDEO.items()}
 
 
 @dataclass
@@ -97,7 +99,7 @@ def find_videos(data, split="train", root=None):
 
     The layouts stand at the top of this file and in SETS. Raises UserError where there are none.
     """
-    named, found = data in SETS and data != "any", Videos()
+    named, found = data in SETS, Videos()
     source = Path(root or f"data/{data}") if named else Path(data)
     try:
         if source.is_file() and source.suffix.lower() not in SUFFIXES and split == "train":
@@ -109,7 +111,7 @@ def find_videos(data, split="train", root=None):
                 read_list(source / f"{split}.csv", found)
             if not found.paths and (source / split).is_dir():
                 folders = [p for each in SPLITS for p in (source / each).glob("[!.]*") if p.is_dir()]
-                walk_folder(source / split, found, {p.name for p in folders})               # numbered alike in all splits
+                walk_folder(source / split, found, {p.name for p in folders})         # one numbering for all splits
             if not found.paths and split == "train" and not named:
                 walk_folder(source, found)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, IndexError, csv.Error) as error:
@@ -135,7 +137,7 @@ def files_below(folder):
 
 
 def walk_folder(folder, found, classes=()):
-    """Adds the videos below a folder. Its sub-folders are the classes, numbered in alphabetical order with `classes`."""
+    """Adds the videos below a folder. Its sub-folders and `classes` are the classes, numbered alphabetically."""
     files = files_below(folder)
     videos = [path for path in files if path.suffix.lower() in SUFFIXES]
     found.passed_over += [f"{path}: not a video by its name" for path in files if path.suffix.lower() not in SUFFIXES]
@@ -155,7 +157,7 @@ def read_list(file, found):
         if len(line.split()) > 1 and not os.path.isfile(file.parent / line):
             path, label = line.rsplit(maxsplit=1)
         path = file.parent / path
-        path = path if path.is_file() or not path.suffix else path.with_suffix(".mp4")             # `prepare` renames so
+        path = path if path.is_file() or not path.suffix else path.with_suffix(".mp4")         # as `prepare` names it
         if not line:
             continue
         if not path.is_file():
@@ -190,7 +192,8 @@ def annotated(data, root, split):
         found = []
         for path in tables("*.csv"):
             with open(path, newline="", encoding="utf-8-sig") as file:
-                found += csv.DictReader(file) if file.readline().startswith("label,youtube_id") and not file.seek(0) else []
+                table = csv.DictReader(file)
+                found += table if (table.fieldnames or [])[:2] == ["label", "youtube_id"] else []
         number = {name: label for label, name in enumerate(sorted({row["label"] for row in found}))}
         return [(f"{row['youtube_id']}_{int(row['time_start']):06}_{int(row['time_end']):06}", number[row["label"]])
                 for row in found if row["split"].startswith(split)]                                  # val or validate
@@ -202,7 +205,8 @@ def annotated(data, root, split):
     if data == "ucf101":                                             # lines `number class`; lines `class/file.avi ...`
         number = {name: int(label) - 1 for path in tables("classInd.txt") for label, name in rows(path)}
         file = {"train": "trainlist01.txt", "val": "testlist01.txt"}.get(split, "none")
-        return [(name.removesuffix(".avi"), number[name.split("/")[0]]) for path in tables(file) for name, *_ in rows(path)]
+        names = [name for path in tables(file) for name, *_ in rows(path)]
+        return [(name.removesuffix(".avi"), number[name.split("/")[0]]) for name in names]
     if data == "hmdb51":                                             # lines `file.avi flag`: 1 train, 2 test, 0 neither
         flag, end = {"train": "1", "val": "2"}.get(split), "_test_split1.txt"
         return [(f"{path.name.removesuffix(end)}/{name.removesuffix('.avi')}", label)
@@ -359,8 +363,8 @@ class Clips(Dataset):
         if int(ratio * self.grid[1] * self.grid[2]) == 0:
             raise UserError(f"expected clips of which {ratio:.0%} can be hidden, found {self.grid[1]} x {self.grid[2]} "
                             "tubes in a frame: take a larger --size")
-        self.videos, self.frames, self.stride, self.size, self.tube, self.ratio = videos, frames, stride, size, tube, ratio
-        self.repeat, self.crop, self.seed, self.cache = repeat, crop, seed, cache
+        self.videos, self.frames, self.stride, self.size, self.tube = videos, frames, stride, size, tube
+        self.ratio, self.repeat, self.crop, self.seed, self.cache = ratio, repeat, crop, seed, cache
 
     def __len__(self):
         return len(self.videos.paths)
@@ -416,7 +420,8 @@ class Order(Sampler):
     def __iter__(self):
         generator = torch.Generator().manual_seed(hash((self.seed, self.epoch)) % 2 ** 63)
         order = torch.randperm(self.n, generator=generator)[self.seen:][:len(self) * self.world]
-        return ((self.epoch, index) for index in order.view(-1, self.world, self.batch)[:, self.rank].flatten().tolist())
+        mine = order.view(-1, self.world, self.batch)[:, self.rank].flatten()
+        return ((self.epoch, index) for index in mine.tolist())
 
 
 def collate(samples):
@@ -585,17 +590,19 @@ def re_encode(pair):
             video = old.streams.video[0]
             video.thread_type, video.codec_context.thread_count = "NONE", 1
             scale = 256 / min(video.width, video.height)
+            # No frame refers to a B-frame, and three of four are: those that a clip doesn't want needn't be decoded.
             stream = new.add_stream("libx264", rate=video.average_rate, options={
-                "preset": "fast", "crf": "20", "tune": "fastdecode", "g": "32", "keyint_min": "32", "sc_threshold": "0"})
+                "preset": "veryfast", "crf": "22", "tune": "fastdecode", "g": "32", "keyint_min": "32",
+                "sc_threshold": "0", "bf": "3", "x264-params": "b-pyramid=none:b-adapt=0"})
             stream.width, stream.height = (max(2, round(side * scale / 2) * 2) for side in (video.width, video.height))
             stream.pix_fmt, stream.codec_context.time_base = "yuv420p", video.time_base
             stream.codec_context.thread_count = 1
             for frame in old.decode(video):
                 image = scaled(frame, stream.width, stream.height, "yuv420p")
-                image.pts, image.time_base, image.pict_type = frame.pts, frame.time_base, 0     # the encoder's own choice
+                image.pts, image.time_base, image.pict_type = frame.pts, frame.time_base, 0    # 0: the encoder's choice
                 new.mux(stream.encode(image))
             new.mux(stream.encode(None))
-        decode(str(draft), lambda n: [0, n - 1])                                           # a last look before it counts
+        decode(str(draft), lambda n: [0, n - 1])                                        # a last look before it counts
         draft.replace(target)
     except (av.FFmpegError, VideoError, OSError, ValueError, IndexError, ZeroDivisionError, TypeError) as error:
         draft.unlink(missing_ok=True)
@@ -607,15 +614,16 @@ def prepare(source, target, workers):
     if not source.is_dir() or target.resolve().is_relative_to(source.resolve()):
         raise UserError(f"expected a folder of videos and another one, not inside it, found {source} and {target}: "
                         "give python data.py prepare SRC DST")
-    pairs = []
+    pairs = {}
     for path in files_below(source):
         goal = target / path.relative_to(source)
         if path.suffix.lower() in SUFFIXES:
-            pairs.append((path, goal.with_suffix(".mp4")))
-        else:
+            plain = goal.with_suffix(".mp4")
+            pairs[goal.with_name(path.name + ".mp4") if plain in pairs else plain] = path        # a.avi beside a.mp4
+        elif path.suffix.lower() in (".csv", ".json", ".txt"):
             goal.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, goal)
-    left = [(path, goal) for path, goal in pairs if not goal.exists()]
+    left = [(path, goal) for goal, path in pairs.items() if not goal.exists()]
     print(f"{len(pairs):,} videos in {source}, {len(pairs) - len(left):,} of them in {target} already")
     bad = []
     for (path, _), reason in in_parallel(re_encode, left, workers, "preparing"):
@@ -634,7 +642,7 @@ def main(argv=None):
         command = tasks.add_parser(task, help=globals()[task].__doc__)
         for name in names:
             command.add_argument(name, **dict(required=True) if name == "--data" else {})
-        command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one for each core)")
+        command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
     given = parser.parse_args(argv)
     try:
         if given.task == "check":
@@ -642,8 +650,8 @@ def main(argv=None):
         else:
             prepare(Path(given.source), Path(given.target), given.workers)
         return 0
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError, ValueError, KeyboardInterrupt) as error:
+        print(f"error: {error or 'stopped'}", file=sys.stderr)
         return 2
     finally:
         kill_workers()

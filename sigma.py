@@ -314,8 +314,8 @@ class SIGMA(nn.Module):
         video (B, 3, T, H, W), normalised with ImageNet's mean and deviation; mask (B, N) bool, True where hidden, best
         on the CPU (see split_mask); features (B, N, E), only for target "dino": the raw features of all tubes.
         Returns the loss and a dict of detached tensors: the loss's terms, and for the targets with prototypes log_k,
-        prototypes_used and entropy (of the video branch's assignment) and both assignments (B*M,). Ranks' losses
-        average to the loss of the whole batch; prototypes_used and entropy are this rank's.
+        prototypes_used and entropy (of the video branch's assignment), target_entropy and both assignments (B*M,).
+        Ranks' losses average to the loss of the whole batch; counts and entropies are this rank's.
         """
         visible, hidden = split_mask(mask, video.device)                           # 1. hide most of the tubes: B V, B M
         predicted = self.predict(video, mask, visible, hidden)                     # 2. the video model's guess:   B M E
@@ -331,7 +331,8 @@ class SIGMA(nn.Module):
         k = len(self.prototypes)
         used, entropy = usage(video_assignment, k)
         return loss, stats | {"log_k": torch.full_like(entropy, math.log(k)), "prototypes_used": used,
-                              "entropy": entropy, "video_assignment": video_assignment,
+                              "entropy": entropy, "target_entropy": usage(target_assignment, k)[1],
+                              "video_assignment": video_assignment,
                               "target_assignment": target_assignment}
 
     def predict(self, video, mask, visible, hidden):

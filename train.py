@@ -7,7 +7,7 @@
     python train.py --resume out/toy-tiny-mlp                   go on where a run stopped, with its own settings
     python train.py --bench --model small --batch-size 2        train nothing: how fast are loader and step here?
 
-A run writes two checkpoints, log.jsonl, results.json and pictures to out/<run>/. SIGTERM, SIGUSR1 and Ctrl-C save first.
+A run writes two checkpoints, log.jsonl, results.json and pictures to out/<run>/. SIGTERM, SIGUSR1, Ctrl-C save first.
 """
 import argparse
 import ctypes
@@ -33,14 +33,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from data import RETRIES, SETS, Clips, Order, UserError, centre_crop, find_videos, kill_workers, loader, make_toy,\
-    normalise, recipe
+from data import RETRIES, SETS, VIDEO, Clips, Order, UserError, centre_crop, find_videos, kill_workers, loader
+from data import make_toy, normalise, recipe, scaled
 from sigma import SIZES, build_model, sinkhorn, take_tubes, tube_mask
 
 COMMON = dict(root=None, target="mlp", accum=None, repeat=1, seed=0, amp=None, eval_every=0, compile=False)
 RECOMPUTE = ("large", "huge")                                   # models whose activations are computed again, not kept
 BETAS, WEIGHT_DECAY, FINAL_LR = (0.9, 0.95), 0.05, 1e-5         # AdamW's; rates are for a global batch of 256 clips
-LOG_STEPS, LOG_SECONDS, SAVE_SECONDS = 10, 10, 600              # a log line every 10 steps, or 10 seconds if that is less
+LOG_STEPS, LOG_SECONDS, SAVE_SECONDS = 10, 10, 600              # a log line every 10 steps, or sooner if slow
 TOLERATED = 5                                                   # unreadable videos in a set of which 1% would be fewer
 EVAL_CLIPS = 10_000                                             # of each split, for the probe and k-NN while training
 BENCH_SECONDS = 10                                              # in which --bench reads videos
@@ -67,7 +67,7 @@ def parse(argv):
         return convert
 
     natural, positive, real = number(int, 0), number(int, 1), number(float, 0)
-    either, video, toy = parser.add_mutually_exclusive_group(), SETS["any"], SETS["toy"]
+    either, toy = parser.add_mutually_exclusive_group(), SETS["toy"]
     for name, kind, text in (
             ("data", str, "k400, ssv2, ucf101, hmdb51, toy, a folder of videos, or a list file (default: toy)"),
             ("root", str, "the named set's folder (default: data/<name>)"),
@@ -79,9 +79,9 @@ def parse(argv):
             ("epochs", positive, "passes over the data; the schedule stretches with them"),
             ("batch_size", positive, "clips at a time in one process: as many as its memory holds"),
             ("accum", positive, "batches added up to one step (default: what makes the recipe's global batch, else 1)"),
-            ("repeat", positive, "clips from one pass over a video; that many passes count as one epoch less (default: 1)"),
+            ("repeat", positive, "clips from each decoding of a video, which counts as so many epochs (default: 1)"),
             ("lr", real, "learning rate for a global batch of 256, scaled to yours"),
-            ("eps", number(float, 0.001), "Sinkhorn's: smaller is closer to plain nearest prototypes (default: the set's, else 0.05)"),
+            ("eps", number(float, 0.001), "Sinkhorn's: the smaller, the harder to balance (default: the set's, else 0.05)"),
             ("amp", ["bf16", "fp16", "off"], "autocast (default: bf16 on a GPU that has it, else off)"),
             ("workers", natural, "loader processes for each training process"),
             ("seed", natural, "of weights, shuffle, crops and masks (default: 0)"),
@@ -92,8 +92,8 @@ def parse(argv):
             ("max_steps", positive, "stop and save after this many steps of the schedule"),
             ("compile", None, "compile the transformer blocks: slow to start, then faster"),
             ("bench", None, "measure loader, step and Sinkhorn here; train nothing")):
-        if name in video and name != "eps":
-            text += f" (default: {video[name]}; toy and tiny: {toy[name]})"
+        if name in VIDEO and name != "eps":
+            text += f" (default: {VIDEO[name]}; toy and tiny: {toy[name]})"
         kind = dict(action="store_true") if kind is None else {"choices" if isinstance(kind, list) else "type": kind}
         place = either if name in ("resume", "init") else parser
         place.add_argument("--" + name.replace("_", "-"), help=text, **kind)
@@ -106,16 +106,16 @@ def configure(given):
     if "resume" in given:
         path, checkpoint = read_checkpoint(given["resume"])
         config = checkpoint["config"] | dict(out=str(path.parent), accum=None)
-        for name in given.keys() - {*once, "data", "root", "batch_size", "accum", "workers", "out", "eval_every", "compile"}:
+        free = {"data", "root", "batch_size", "accum", "workers", "out", "eval_every", "compile"}
+        for name in given.keys() - free - set(once):
             if given[name] != config[name]:
                 raise UserError(f"--resume keeps the run's own --{name} {config[name]}, found {given[name]}: leave it "
                                 "out, or start a new run from the weights with --init")
     else:
-        data = given.get("data", "toy")
+        full = "bench" in given and given.get("model", "tiny") != "tiny"
+        data = given.get("data", "k400" if full else "toy")
         model = given.get("model", "tiny" if data == "toy" else "base")
         config = COMMON | recipe(data, model) | dict(data=data, model=model)
-        if data == "toy" and "bench" not in given:                       # whatever the model, the clips are as they are
-            config |= {name: SETS["toy"][name] for name in ("frames", "stride", "size", "ratio", "workers")}
     config |= {name: value for name, value in given.items() if name not in once}
     config = {"out": f"out/{Path(config['data']).resolve().stem}-{config['model']}-{config['target']}"} | config
     out = Path(config["out"])
@@ -123,6 +123,8 @@ def configure(given):
     if taken and "bench" not in given:
         raise UserError(f"expected a new folder for a new run, found a checkpoint in {out}: go on with --resume {out}, "
                         "or choose another --out")
+    if config["root"] and config["data"] not in SETS:
+        raise UserError(f"expected --root with --data {', '.join(SETS)}, found it with {config['data']}: leave it out")
     if out.exists() and not out.is_dir():
         raise UserError(f"expected a folder as --out, found the file {out}: choose another name")
     return config, checkpoint
@@ -194,14 +196,21 @@ def learning_rate(step, steps, warmup, peak, final):
 
 
 def make_clips(c, tube, split="train", **options):
-    """The clips of settings c. The first rank looks for them, and tells the others. The toy set is not cropped, and
-    stays in memory once it is decoded."""
-    videos = [find_videos(c.data, split, c.root) if RANK == 0 else None]
+    """The clips of settings c. The first rank finds the videos and tells the others; all raise its UserError. The toy
+    set is not cropped, and stays in memory once it is decoded."""
+    found = [None]
+    if RANK == 0:
+        try:
+            found = [find_videos(c.data, split, c.root)]
+        except UserError as error:
+            found = [error]
     if WORLD > 1:
-        dist.broadcast_object_list(videos)
+        dist.broadcast_object_list(found)
+    if isinstance(found[0], UserError):
+        raise found[0]
+    own = {name: getattr(c, name) for name in ("frames", "stride", "size", "ratio", "seed", "repeat")}
     toy = {"cache": {}, "crop": centre_crop} if c.data == "toy" else {}
-    return Clips(videos[0], **{name: getattr(c, name) for name in ("frames", "stride", "size", "ratio", "seed", "repeat")}
-                 | dict(tube=tube) | toy | options)
+    return Clips(found[0], **own | dict(tube=tube) | toy | options)
 
 
 def split_batch(c, given, clips):
@@ -228,6 +237,17 @@ def stop_requests():
     finally:
         for name, handler in zip(names, before):
             signal.signal(name, handler)
+
+
+def make_judges(c, tube):
+    """Training and validation clips for `evaluate`, if the run wants them and there are any with labels, else None."""
+    if not c.eval_every and c.data != "toy":
+        return None
+    try:
+        judges = [make_clips(c, tube, split, crop=centre_crop, repeat=1) for split in ("train", "val")]
+    except UserError as error:
+        return say(f"accuracy   not while training: {error}")
+    return judges if all(clips.videos.classes for clips in judges) else say("accuracy   not without labels")
 
 
 def endless(batches, order):
@@ -282,7 +302,8 @@ def read_checkpoint(path):
         except FileNotFoundError:
             problems.append(f"found no file {path}")
         except Exception as error:                                    # whatever a foreign or damaged file brings about
-            problems.append(f"found something else in {path} ({type(error).__name__}: {error}".splitlines()[0][:200] + ")")
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+            problems.append(f"found something else in {path} ({reason})")
     raise UserError(f"expected a checkpoint of train.py, {' and '.join(problems)}: give a run's folder or its last.pt")
 
 
@@ -301,78 +322,73 @@ def load_weights(model, weights, path):
 
 def pretrain(c, given, checkpoint, device):
     """Sets a run up, says what it is going to do and what it will cost, trains, and shows what was learned."""
-    out, resumed = Path(c.out), checkpoint and Namespace(**checkpoint["config"])
+    before = checkpoint and Namespace(**checkpoint["config"])
     model = make_model(c, device)
-    clips = make_clips(c, model.encoder.tube)
-    if resumed and resumed.clips != len(clips):
-        raise UserError(f"expected the run's {resumed.clips:,} videos, found {len(clips):,} in {c.data}: --resume needs "
-                        "the same, --init does not")
+    clips, judges = make_clips(c, model.encoder.tube), make_judges(c, model.encoder.tube)
+    if before and before.clips != len(clips):
+        raise UserError(f"expected the run's {before.clips:,} videos, found {len(clips):,} in {c.data}: --resume needs as "
+                        "many, --init does not")
     wanted = c.global_batch
     c.batch_size, c.accum = split_batch(c, given, len(clips))
-    c.global_batch, c.clips = c.batch_size * WORLD * c.accum, len(clips)
+    c.world, c.global_batch, c.clips = WORLD, c.batch_size * WORLD * c.accum, len(clips)
     product = f"{WORLD} processes x {c.batch_size} clips x {c.accum} accumulated = {c.global_batch:,}"
     if c.batch_size % c.repeat:
-        raise UserError(f"expected a --batch-size divisible by --repeat {c.repeat}, found {c.batch_size}: take a multiple")
+        raise UserError(f"expected a --batch-size divisible by --repeat {c.repeat}, found {c.batch_size}: change one")
     order = Order(len(clips), c.batch_size // c.repeat, RANK, WORLD, c.seed, c.accum)
-    per_pass = order.n // order.step                                 # steps in which each video is opened at most once
+    per_pass = len(clips) // order.step                              # steps in which each video is opened at most once
     if per_pass == 0:
         raise UserError(f"expected enough videos for a global batch of {product}, found {len(clips)}: lower "
                         "--batch-size or --accum, or give more videos")
     c.steps, c.peak_lr = per_pass * c.epochs // c.repeat, c.lr * c.global_batch / 256
     c.warmup_steps = int(per_pass * min(c.warmup, c.epochs / 10) / c.repeat)      # the recipe's, at most a tenth of all
-    # Before weights are loaded: a run that goes on must not differ from one that was never stopped, not by a rounding.
-    parallel = DistributedDataParallel(model) if WORLD > 1 else model   # with device_ids it would move the masks to GPUs
-    cost = gather(time_batch(parallel, c, clips.grid, device))[0]                         # seconds; all ranks agree on one
-    place = Namespace(step=0, epoch=0, seen=0)
+    parallel = DistributedDataParallel(model) if WORLD > 1 else model    # device_ids would move the masks to the GPU
+    # Measured before weights are loaded: its forward pass rounds the prototypes once more, and a run that goes on must
+    # not differ from one that was never stopped. All ranks take the first one's figure.
+    cost = gather(time_batch(parallel, c, clips.grid, device))[0] * c.accum                    # seconds a step, roughly
+    place = Namespace(step=0, epoch=0, seen=0)                                # seen: videos of this pass over the data
     if checkpoint or "init" in given:
         path, source = (given.get("resume"), checkpoint) if checkpoint else read_checkpoint(given["init"])
         load_weights(model, source["model"], path)
     if checkpoint:
         place = Namespace(**{name: checkpoint[name] for name in vars(place)})
-        place.step = place.step if resumed.global_batch == c.global_batch else \
-            place.epoch * per_pass + place.seen // order.step
+        if before.global_batch != c.global_batch:
+            place.step = place.epoch * per_pass + place.seen // order.step
 
-    videos, k = clips.videos, 0 if c.target == "pixel" else len(model.prototypes)
+    k, videos, left = 0 if c.target == "pixel" else len(model.prototypes), clips.videos, c.steps - place.step
     tubes = tube_mask(1, clips.grid, c.ratio).sum().item() * c.batch_size * WORLD
-    plan = [("data", f"{len(clips):,} videos in {c.data}, {videos.classes or 'no'} classes; "
-                     f"{len(videos.passed_over):,} missing or passed over"),
-            ("model", f"{c.model}, target {c.target}, {sum(p.numel() for p in model.parameters()):,} parameters; clips of "
-                      f"{c.frames} frames, {c.stride} apart, {c.size} x {c.size}: {math.prod(clips.grid):,} tubes"),
-            ("batch", f"{product} clips in a step; on {device}, autocast {c.amp or 'by default'}"),
+    for title, text in (
+            ("data", f"{len(clips):,} videos in {c.data}, {videos.classes or 'no'} classes; {len(videos.passed_over):,} "
+                     "missing or passed over" + (f", named in {c.out}/passed_over.txt" if videos.passed_over else "")),
+            ("model", f"{c.model}, target {c.target}, {sum(p.numel() for p in model.parameters()):,} parameters; clips "
+                      f"of {c.frames} frames, {c.stride} apart, {c.size} x {c.size}: {math.prod(clips.grid):,} tubes"),
+            ("batch", f"{product} clips in a step; on {device}, autocast {c.amp or 'as the device can'}"),
             ("schedule", f"{c.epochs} epochs = {c.steps:,} steps, the first {c.warmup_steps:,} of them warmup; learning "
                          f"rate {c.lr:g} x {c.global_batch} / 256 = {c.peak_lr:.3g}"),
-            ("cost", f"{cost * c.accum * (c.steps - place.step) / 3600:,.2g} hours for {c.steps - place.step:,} steps of "
-                     f"{cost * c.accum:.2g} s, measured on random clips, if the loader keeps up"),
-            ("run", f"{out}" + f", going on after step {place.step:,}" * (place.step > 0))]
-    if k:
-        plan.append(("Sinkhorn", f"{tubes:,} hidden tubes at a time share {k:,} prototypes, eps {model.eps}" + (
-            ": those of one batch on all processes, not of all that is accumulated" if c.accum > 1 else "")))
-    if tubes < 3 * k:
-        plan.append(("warning", "few hidden tubes for so many prototypes, some go unused: raise --batch-size or the number "
-                                "of processes (not --accum: each batch is balanced by itself)"))
-    if wanted and wanted != c.global_batch:
-        plan.append(("warning", f"the {'run' if resumed else 'recipe'} has a global batch of {wanted}, this one "
-                                f"{c.global_batch}: the learning rate is scaled to it"))
-    if resumed and (resumed.world, resumed.batch_size, resumed.accum) != (WORLD, c.batch_size, c.accum):
-        plan.append(("changed", f"it had {resumed.world} processes x {resumed.batch_size} clips x {resumed.accum} "
-                                "accumulated before: Sinkhorn now balances other batches"))
-    if videos.passed_over:
-        plan.append(("passed over", f"{videos.passed_over[0]}; all of them: {out / 'passed_over.txt'}"))
-    for title, text in plan:
-        say(f"{title:13}{text}")
-    c.world = WORLD
-    every = max(1, min(LOG_STEPS, int(LOG_SECONDS / (cost * c.accum))))
-    if RANK == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        if videos.passed_over:
-            (out / "passed_over.txt").write_text("\n".join(videos.passed_over) + "\n")
-    if fit(model, parallel, clips, order, c, checkpoint, place, every, given.get("max_steps"), device):
-        show(model, clips, c, device)
+            ("cost", f"{duration(cost * left)} for {left:,} steps of {cost:.3f} s, as measured now on random clips, if "
+                     "the loader keeps up"),
+            ("Sinkhorn", k and f"{tubes:,} hidden tubes at a time share {k:,} prototypes, eps {model.eps:g}: those of one "
+                               "batch on all processes, not of all that is accumulated"),
+            ("warning", tubes < 3 * k and "few hidden tubes for so many prototypes, some go unused: raise --batch-size or "
+                                          "the number of processes (not --accum)"),
+            ("warning", wanted not in (None, c.global_batch) and f"a global batch of {wanted} is intended, this one is "
+                                                                 f"{c.global_batch}: the learning rate is scaled to it"),
+            ("changed", before and (before.world, before.batch_size, before.accum) != (WORLD, c.batch_size, c.accum) and
+             f"it had {before.world} processes x {before.batch_size} clips x {before.accum} accumulated before: Sinkhorn "
+             "balances other batches now"),
+            ("run", c.out + f", going on after step {place.step:,}" * (place.step > 0))):
+        if text:
+            say(f"{title:11}{text}")
+    Path(c.out).mkdir(parents=True, exist_ok=True)
+    if videos.passed_over and RANK == 0:
+        Path(c.out, "passed_over.txt").write_text("\n".join(videos.passed_over) + "\n")
+    if fit(model, parallel, clips, judges, order, c, checkpoint, place, given.get("max_steps"), cost, device):
+        show(model, clips, judges, c, device)
 
 
 def time_batch(parallel, c, grid, device, optimizer=None, repeat=1):
     """Seconds that forward and backward of one batch take, on random clips; leaves no gradients behind."""
     video = torch.randint(256, (c.batch_size, 3, c.frames, c.size, c.size), dtype=torch.uint8)
+    video = video.pin_memory() if device.type == "cuda" else video
     mask = tube_mask(c.batch_size, grid, c.ratio)
 
     def work():
@@ -386,14 +402,13 @@ def time_batch(parallel, c, grid, device, optimizer=None, repeat=1):
     return seconds(work, device, repeat)
 
 
-def fit(model, parallel, clips, order, c, checkpoint, place, every, max_steps, device):
+def fit(model, parallel, clips, judges, order, c, checkpoint, place, max_steps, cost, device):
     """The training loop, from `place` on; True when the schedule is complete.
 
     It waits for the GPU only where it writes a log line. There it also minds signals and unreadable videos.
     """
-    out, optimizer = Path(c.out), make_optimizer(model)
+    out, log, optimizer = Path(c.out), Path(c.out, "log.jsonl"), make_optimizer(model)
     scaler = torch.amp.GradScaler(device.type, enabled=c.amp == "fp16")
-    order.epoch, order.seen = place.epoch, place.seen
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         if checkpoint["scaler"]:
@@ -404,20 +419,23 @@ def fit(model, parallel, clips, order, c, checkpoint, place, every, max_steps, d
 
     def save():
         if RANK == 0:
-            rng = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {})
+            rng = {"cpu": torch.get_rng_state()}
+            if device.type == "cuda":
+                rng["cuda"] = torch.cuda.get_rng_state()
             write_checkpoint(out, dict(model=model.state_dict(), optimizer=optimizer.state_dict(), rng=rng,
                                        scaler=scaler.state_dict(), config=vars(c), **vars(place)))
 
-    log = out / "log.jsonl"
-    if RANK == 0:
+    if RANK == 0:                                                       # lines of steps that are going to be done again
         lines = log.read_text().splitlines(keepends=True) if checkpoint and log.exists() else []
-        log.write_text("".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= place.step))
+        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= place.step]
+        log.write_text("".join(kept))
     if not checkpoint:
         save()                                                             # a place that can't be written to shows now
-    recent, unreadable, found, hopeless, verdicts = [], {}, {}, False, 0
+    order.epoch, order.seen = place.epoch, place.seen
     data = endless(loader(clips, order.batch, order, c.workers, device), order)
-    last, logged, saved, waited = min(c.steps, max_steps or c.steps), time.monotonic(), time.monotonic(), 0.0
-    per_pass = order.n // order.step
+    last, every = min(c.steps, max_steps or c.steps), max(1, min(LOG_STEPS, int(LOG_SECONDS / cost)))
+    recent, unreadable, found, hopeless, verdicts = [], {}, {}, False, 0
+    logged, saved, waited = time.monotonic(), time.monotonic(), 0.0
     with stop_requests() as stopped, tqdm(total=c.steps, initial=place.step, unit="step", disable=RANK > 0,
                                           dynamic_ncols=True) as bar:
         while place.step < last:
@@ -442,12 +460,13 @@ def fit(model, parallel, clips, order, c, checkpoint, place, every, max_steps, d
             scaler.update()
             optimizer.zero_grad()
             recent.append({"loss": total, "grad_norm": norm} | {name: v for name, v in stats.items() if v.ndim == 0})
+            epoch = place.step * c.epochs // c.steps
             place.step, place.seen = place.step + 1, place.seen + order.step
-            if order.n - place.seen < order.step:                                      # the rest is no whole step: dropped
+            if len(clips) - place.seen < order.step:                               # the rest is no whole step: dropped
                 place.epoch, place.seen = place.epoch + 1, 0
             bar.update(1)
-            judge = c.eval_every and place.step % (per_pass * c.eval_every) == 0
-            if place.step % every and place.step < last and not judge and not (WORLD == 1 and stopped):
+            judge = judges and c.eval_every and place.step * c.epochs // c.steps // c.eval_every > epoch // c.eval_every
+            if not (place.step % every == 0 or place.step == last or judge or (WORLD == 1 and stopped)):
                 continue
 
             # A log line: means over the steps since the last one, and over the ranks.
@@ -455,8 +474,9 @@ def fit(model, parallel, clips, order, c, checkpoint, place, every, max_steps, d
             rows = torch.stack([torch.stack([line[name].float() for name in names]) for line in recent])
             if WORLD > 1:
                 dist.all_reduce(rows)
-            rows, recent = (rows / WORLD).tolist(), []                                                     # steps x numbers
+            rows, recent = (rows / WORLD).tolist(), []                                                 # steps x numbers
             now, everyone = time.monotonic(), gather((bool(stopped), hopeless, found))
+            stop, hopeless = (any(each[i] for each in everyone) for i in (0, 1))
             new = {path: reason for *_, theirs in everyone for path, reason in theirs.items() if path not in unreadable}
             unreadable, found = unreadable | new, {}
             for path, reason in new.items():
@@ -465,50 +485,49 @@ def fit(model, parallel, clips, order, c, checkpoint, place, every, max_steps, d
             line |= {name: sum(values) / len(rows) for name, values in zip(names, zip(*rows))}
             line |= {"clips_per_second": len(rows) * c.global_batch / (now - logged),
                      "data_wait": waited / (now - logged), "unreadable_videos": len(unreadable)}
+            for number, row in enumerate(rows, start=place.step - len(rows) + 1):
+                if not all(map(math.isfinite, row[:1] if scaler.is_enabled() else row)):     # fp16 skips such gradients
+                    raise RunError(f"expected a finite loss and gradient, found loss {row[0]}, norm {row[1]} at step "
+                                   f"{number}: the last good checkpoint is untouched, start anew from it with --init "
+                                   f"{out / 'last.pt'}, another --out and a lower --lr or --amp off")
             if judge:
-                line |= evaluate(model.encoder, c, device)
+                line |= evaluate(model.encoder, judges, c, device)
                 say(f"epoch {line['epoch']:g}: linear probe {line['linear_probe']:.1%}, k-NN {line['knn']:.1%}")
-            logged, waited = time.monotonic(), 0.0
+            verdict = place.step > c.warmup_steps and collapse(line, mask.sum().item())
+            verdicts = verdicts + 1 if verdict else 0
+            if verdicts == 10:                                                     # log lines in a row; it is said once
+                say(verdict)
             bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['clips_per_second']:.1f} clips/s, "
                                 f"{line['data_wait']:.0%} waiting for data")
             if RANK == 0:
                 with open(log, "a") as file:
                     file.write(json.dumps(line) + "\n")
-            for number, row in enumerate(rows, start=place.step - len(rows) + 1):
-                if not all(map(math.isfinite, row[:1] if scaler.is_enabled() else row)):         # fp16 skips such gradients
-                    raise RunError(f"expected a finite loss and gradient, found loss {row[0]}, norm {row[1]} at step "
-                                   f"{number}: the last good checkpoint is untouched, start anew from it with --init "
-                                   f"{out / 'last.pt'}, another --out and a lower --lr or --amp off")
-            verdict = collapse(line, mask.sum().item()) if place.step > c.warmup_steps else None
-            verdicts = verdicts + 1 if verdict else 0
-            if verdicts == 10:                                                          # ten log lines in a row, said once
-                say(verdict)
-            too_many = any(each for _, each, _ in everyone) or len(unreadable) > max(TOLERATED, len(clips) // 100)
-            stop = any(each for each, *_ in everyone)
-            if place.step == last or stop or too_many or now - saved > SAVE_SECONDS:
+            hopeless |= len(unreadable) > max(TOLERATED, len(clips) // 100)
+            if place.step == last or stop or hopeless or now - saved > SAVE_SECONDS:
                 save()
                 saved = now
-            if too_many:
+            if hopeless:
                 raise RunError(f"expected at most 1% unreadable videos, found {len(unreadable)} of {len(clips):,}: "
                                f"mend those named above and --resume {out}, or start a new run without them")
             if stop:
                 break
+            logged, waited = time.monotonic(), 0.0
     if place.step < c.steps:
         say(f"stopped after step {place.step:,} of {c.steps:,}; go on with --resume {out}")
     return place.step == c.steps
 
 
 def collapse(line, tubes):
-    """A sentence if a log line after warmup shows collapsed features (paper: what Sinkhorn is there to prevent)."""
+    """A sentence if a log line from after warmup shows collapsed features, else None. tubes: hidden ones in a batch."""
     if "log_k" not in line:
         return None
-    effective, log_k = math.exp(line["entropy"]), line["log_k"]
+    used, k = math.exp(min(line["entropy"], line["target_entropy"])), math.exp(line["log_k"])
     advice = "lower --lr or --eps, or give Sinkhorn more tubes at a time (--batch-size, more processes)"
-    if effective < 0.25 * min(math.exp(log_k), tubes):
-        return f"collapsed? {tubes:,} hidden tubes share no more than {effective:.0f} of {math.exp(log_k):.0f} prototypes: {advice}"
+    if used < 0.25 * min(k, tubes):
+        return f"collapsed? {tubes:,} hidden tubes share no more than {used:.0f} of {k:.0f} prototypes: {advice}"
     for term in ("target_term", "video_term"):
-        if abs(line[term] / log_k - 1) < 0.01 or line[term] < 0.05 * log_k:
-            return f"collapsed? {term} stays at {line[term]:.2f} after warmup (ln K is {log_k:.2f}; near it or 0 is bad): {advice}"
+        if abs(line[term] / line["log_k"] - 1) < 0.01 or line[term] < 0.05 * line["log_k"]:
+            return f"collapsed? {term} stays at {line[term]:.2f}, bad near 0 and ln K = {line['log_k']:.2f}: {advice}"
 
 
 # --- What was learned -------------------------------------------------------------------------------------------------
@@ -521,23 +540,22 @@ def sample(clips, number):
 @torch.no_grad()
 def pooled_features(encoder, clips, c, device):
     """Mean over the tokens of up to EVAL_CLIPS clips, (n, D) float32 on the CPU, and their labels (n,); all ranks share
-    the work. A video that can't be read has the label -1."""
-    features, labels = [], []
+    the work. A video that can't be read is named and has the label -1, which no prediction equals."""
+    parts = []
     batches = loader(clips, 64, sample(clips, EVAL_CLIPS)[RANK::WORLD], c.workers, device)
     for video, _, label, _, bad in tqdm(batches, desc="features", unit="batch", leave=False, disable=RANK > 0):
         with autocast(c.amp, device):
-            features.append(encoder(normalise(video, device)).mean(dim=1).float().cpu())
-        labels.append(label.masked_fill(torch.tensor([len(each) > 0 for each in bad]), -1))
-    parts = gather((torch.cat(features), torch.cat(labels)) if labels else None)
-    features, labels = zip(*filter(None, parts))
+            pooled = encoder(normalise(video, device)).mean(dim=1).float().cpu()
+        parts.append((pooled, label.masked_fill(torch.tensor([len(each) > 0 for each in bad]), -1), bad))
+    features, labels, bad = zip(*[part for theirs in gather(parts) for part in theirs])
+    for path, reason in (each[0] for batch in bad for each in batch if each):
+        say(f"unreadable video {path}: {reason}; it counts as wrong")
     return torch.cat(features), torch.cat(labels)
 
 
-def evaluate(encoder, c, device):
-    """Top-1 of linear probe and k-NN on the frozen encoder: fitted on the training split, tested on the validation split."""
-    options = dict(crop=centre_crop, repeat=1)
-    features = [part for split in ("train", "val")
-                for part in pooled_features(encoder, make_clips(c, encoder.tube, split, **options), c, device)]
+def evaluate(encoder, judges, c, device):
+    """Top-1 of linear probe and k-NN on the frozen encoder. judges: clips to fit them on, clips to test them on."""
+    features = [part for clips in judges for part in pooled_features(encoder, clips, c, device)]
     return {"linear_probe": linear_probe(*features), "knn": nearest_neighbours(*features)}
 
 
@@ -574,7 +592,8 @@ def show_masks(path, clips):
         hidden = masks[0].view(1, *clips.grid)
         for axis, step in enumerate(clips.tube, start=1):
             hidden = hidden.repeat_interleave(step, dim=axis)                                                 # 1 T S S
-        rows += [frames[:, ::max(1, frames.shape[1] // 8)] for frames in (videos[0], videos[0].masked_fill(hidden, 128))]
+        for frames in (videos[0], videos[0].masked_fill(hidden, 128)):
+            rows.append(frames[:, ::max(1, frames.shape[1] // 8)])
     return picture(path, torch.stack(rows).transpose(1, 2), height=96)
 
 
@@ -597,16 +616,16 @@ def show_prototypes(path, model, clips, device, number=12, nearest=8):
     return picture(path, rearrange(found, "n k c p q r -> k n c q (p r)"), height=48)
 
 
-def show(model, clips, c, device):
+def show(model, clips, judges, c, device):
     """Linear probe and k-NN, on the toy set of the untrained encoder too; results.json; pictures."""
     out, results = Path(c.out), {"config": vars(c)}
     encoders = {"untrained": make_model(c, device).encoder} if c.data == "toy" else {}
-    for name, encoder in (encoders | {"trained": model.encoder}).items() if encoders or c.eval_every else ():
-        results[name] = evaluate(encoder, c, device)
+    for name, encoder in (encoders | {"trained": model.encoder}).items() if judges else ():
+        results[name] = evaluate(encoder, judges, c, device)
         say(f"{name:13}linear probe {results[name]['linear_probe']:.1%}, k-NN {results[name]['knn']:.1%}")
     if RANK == 0:
-        results["protocol"] = (f"top-1 on validation clips; frozen encoder, mean over tokens, one view of each of at most "
-                               f"{EVAL_CLIPS:,} clips; probe: ridge regression; k-NN: cosine, k = 20, temperature 0.07")
+        results["protocol"] = ("top-1 on validation clips; frozen encoder, mean over tokens, one view of each of at most"
+                               f" {EVAL_CLIPS:,} clips; probe: ridge regression; k-NN: cosine, k = 20, temperature 0.07")
         (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         files = [out / "last.pt", out / "log.jsonl", out / "results.json", show_masks(out / "masks.png", clips)]
         if c.target != "pixel":
@@ -628,11 +647,16 @@ def seconds(work, device, repeat=5):
     return sorted(times[1:])[repeat // 2]
 
 
+def duration(time):
+    return f"{time / 3600:,.1f} hours" if time > 5400 else f"{time / 60:.1f} minutes"
+
+
 def naive_clip(path, frames, size):
-    """The simple way to read a clip, to compare with: all frames decoded and converted, then resized as floats."""
+    """The simple way to read a clip, to compare with: all frames decoded and converted, then some resized as floats."""
     with av.open(path) as container:
-        video = torch.stack([torch.from_numpy(f.to_ndarray(format="rgb24")) for f in container.decode(video=0)])
-    clip = video[:frames].permute(0, 3, 1, 2).float() / 255
+        container.streams.video[0].thread_type = "NONE"
+        video = [scaled(f, f.width, f.height, "rgb24").to_ndarray() for f in container.decode(video=0)]
+    clip = torch.stack([torch.from_numpy(frame) for frame in video[:frames]]).permute(0, 3, 1, 2).float() / 255
     return F.interpolate(clip, (size, size), mode="bilinear", antialias=True)
 
 
@@ -666,20 +690,23 @@ def bench(c, given, device):
         rows.append(("loader", "not measured", str(error)))
     c.batch_size = split_batch(c, given, len(clips) if loading else c.batch_size)[0]
     grid = [size // step for size, step in zip((c.frames, c.size, c.size), model.encoder.tube)]
-    large = torch.randn(4096, 4096, device=device)
+    gpu = device.type == "cuda"
+    side = 8192 if gpu else 4096
+    large = torch.randn(side, side, device=device)
     with autocast(c.amp, device):
-        product = 2 * 4096 ** 3 / seconds(lambda: large @ large, device)                            # operations a second
-        name = str(torch.mm(large[:1], large[:, :1]).dtype).removeprefix("torch.")
+        large = large.to((large[:1] @ large[:, :1]).dtype)                                   # the dtype of its products
+    product = 2 * side ** 3 / seconds(lambda: large @ large, device)                            # operations a second
     mask = tube_mask(1, grid, c.ratio)
     with FlopCounterMode(display=False) as counter:              # of one clip, nothing computed twice, before compiling
         build_model(c.model, target=c.target).to(device)(
             torch.zeros(1, 3, c.frames, c.size, c.size, device=device), mask)[0].backward()
     work = counter.get_total_flops()
     training = c.batch_size / time_batch(model, c, grid, device, make_optimizer(model), repeat=5)    # clips a second
-    rows.append(("training step", f"{training:,.2f} clips/s", f"{c.model}, {c.target}, batch {c.batch_size}, {name}"))
-    gpu = device.type == "cuda"
+    rows.append(("training step", f"{training:,.2f} clips/s", f"{c.model}, {c.target}, batch {c.batch_size}, "
+                 f"{str(large.dtype).removeprefix('torch.')}"))
     rows += [("arithmetic", f"{work / 1e9:,.2f} GFLOP/clip", "forward and backward, matrix products"),
-             ("share of matrix product", f"{work * training / product:.0%}", f"of {product / 1e9:,.0f} GFLOP/s, 4096^2")]
+             ("share of matrix product", f"{work * training / product:.0%}",
+              f"of {product / 1e9:,.0f} GFLOP/s, {side} x {side}")]
     if c.target != "pixel":
         n, k = int(mask.sum()) * c.batch_size, len(model.prototypes)
         scores, vector = 2 * torch.rand(n, k, device=device) - 1, torch.rand(k, device=device)
@@ -691,8 +718,8 @@ def bench(c, given, device):
         slower = "loader" if loading * max(c.workers, 1) < training else "model"
         rows.append(("bottleneck", slower, f"with {c.workers} workers; {math.ceil(training / loading)} balance them"))
     if videos := len(clips) if loading else SETS.get(c.data, {}).get("videos"):
-        hours = [f"{videos * c.epochs / training / count / 3600:,.3g}" for count in (1, 8, 64)]
-        rows.append(("hours for the recipe", " / ".join(hours), f"on 1 / 8 / 64 such {'GPUs' if gpu else 'machines'}: "
+        times = [duration(videos * c.epochs / training / count) for count in (1, 8, 64)]
+        rows.append(("the recipe's time", "", f"{', '.join(times)} on 1, 8, 64 such {'GPUs' if gpu else 'machines'}: "
                      f"{videos:,} videos x {c.epochs} epochs, if the loader keeps up"))
     where = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}, torch {torch.__version__}")
@@ -721,6 +748,7 @@ def main(argv=None):
     except (UserError, RunError, OSError, RuntimeError) as error:
         known = {"DataLoader worker": "a loader worker was killed, often for want of memory: lower --workers",
                  "out of memory": "a batch did not fit into memory: lower --batch-size",
+                 "inductor": "the blocks can't be compiled, is there a C++ compiler? leave out --compile",
                  "onnection": "another process of the run is gone: its own message says why"}
         if not isinstance(error, (UserError, RunError, OSError)):
             known = [sentence for part, sentence in known.items() if part in str(error)]
