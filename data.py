@@ -343,7 +343,7 @@ def resize_crop(frames, box, size):
     """The box of each frame (T, 3, H, W) uint8, resized bilinearly to size x size: (3, T, size, size) uint8."""
     if box != (0, 0, size, size) or frames.shape[-2:] != (size, size):
         frames = transform.resized_crop(frames, *box, [size, size], InterpolationMode.BILINEAR, antialias=True)
-    return frames.transpose(0, 1).contiguous()
+    return frames.transpose(0, 1)
 
 
 class Clips(Dataset):
@@ -371,22 +371,24 @@ class Clips(Dataset):
 
     def read(self, path, generator):
         """The clips of one pass over the video at path, (R, 3, T, size, size) uint8. Raises VideoError."""
-        places = []                                                     # of each clip's frames among the decoded ones
+        clips = []                                                                  # the indices of each one's frames
 
         def choose(n):
-            clips = [pretraining_frames(n, self.frames, self.stride, generator) for _ in range(self.repeat)]
-            union = sorted(set().union(*clips))
-            places.extend([union.index(i) for i in clip] for clip in clips)
-            return union
+            clips.extend(pretraining_frames(n, self.frames, self.stride, generator) for _ in range(self.repeat))
+            return sorted(set().union(*clips))
 
         if self.cache is None:
             frames = decode(path, choose)
+            place = {index: i for i, index in enumerate(sorted(set().union(*clips)))}         # of a frame among these
         else:
             if path not in self.cache:
                 self.cache[path] = decode(path, range)
-            frames = self.cache[path][choose(len(self.cache[path]))]
-        boxes = [self.crop(*frames.shape[-2:], generator) for _ in places]
-        return torch.stack([resize_crop(frames[place], box, self.size) for place, box in zip(places, boxes)])
+            frames = self.cache[path]
+            choose(len(frames))
+            place = range(len(frames))
+        boxes = [self.crop(*frames.shape[-2:], generator) for _ in clips]
+        clips = [frames[[place[index] for index in clip]] for clip in clips]
+        return torch.stack([resize_crop(clip, box, self.size) for clip, box in zip(clips, boxes)])
 
     def __getitem__(self, key):
         epoch, index = key
@@ -449,6 +451,12 @@ def loader(clips, batch, sampler, workers, device="cpu"):
                       pin_memory=torch.device(device).type == "cuda")
 
 
+def in_parallel(work, items, workers, title, unit=" videos"):
+    """Yields (item, work(item)) in order, with a progress bar; the work is done by the workers of a DataLoader."""
+    results = DataLoader(items, batch_size=None, collate_fn=work, num_workers=workers, worker_init_fn=ignore_signals)
+    yield from zip(items, tqdm(results, desc=title, unit=unit, dynamic_ncols=True))
+
+
 @cache
 def channels(values, device):
     """Three numbers as a tensor (3, 1, 1, 1), made once for each device: making one on a GPU waits for it."""
@@ -509,25 +517,30 @@ def write_video(path, frames, rate=8):
         container.mux(stream.encode(None))
 
 
+def render(job):
+    """Writes toy clips first, first + 1, ... of a split into its class folders; the same for one seed."""
+    folder, first, number, seed = job
+    labels = torch.arange(first, first + number) % len(TOY_CLASSES)
+    clips = toy_clips(labels, torch.Generator().manual_seed(hash((seed, first)) % 2 ** 63))
+    for i, (label, clip) in enumerate(zip(labels, clips), start=first):
+        write_video(folder / TOY_CLASSES[label] / f"{i:05}.mp4", clip)
+
+
 def make_toy(root, seed=0, train=TOY_TRAIN, val=TOY_VAL):
-    """Renders the toy set into root/{train,val}/<class>/*.mp4, the same for one seed, unless root is there already.
+    """Renders the toy set into root/{train,val}/<class>/*.mp4 on all cores, unless root is there already.
 
     Works in a folder of another name until all is written, so that root is whole or not there.
     """
     root = Path(root)
     if root.is_dir():
         return
-    draft = root.with_name(f"{root.name}.unfinished-{os.getpid()}")
-    with tqdm(total=train + val, desc="rendering the toy set, once", unit=" clips") as bar:
-        for part, (split, number) in enumerate((("train", train), ("val", val))):
-            generator = torch.Generator().manual_seed(2 * seed + part)
-            for name in TOY_CLASSES:
-                (draft / split / name).mkdir(parents=True)
-            for first in range(0, number, 256):
-                labels = torch.arange(first, min(first + 256, number)) % len(TOY_CLASSES)
-                for i, clip in enumerate(toy_clips(labels, generator), start=first):
-                    write_video(draft / split / TOY_CLASSES[labels[i - first]] / f"{i:05}.mp4", clip)
-                bar.update(len(labels))
+    draft, jobs = root.with_name(f"{root.name}.unfinished-{os.getpid()}"), []
+    for split, number in (("train", train), ("val", val)):
+        for name in TOY_CLASSES:
+            (draft / split / name).mkdir(parents=True)
+        jobs += [(draft / split, i, min(64, number - i), 2 * seed + (split == "val")) for i in range(0, number, 64)]
+    for _ in in_parallel(render, jobs, os.cpu_count(), "rendering the toy set, once", unit=" x 64 clips"):
+        pass
     try:
         draft.rename(root)
     except OSError:                                                    # another process was faster: its set is the same
@@ -535,12 +548,6 @@ def make_toy(root, seed=0, train=TOY_TRAIN, val=TOY_VAL):
 
 
 # --- Before training: python data.py check, python data.py prepare ----------------------------------------------------
-
-def in_parallel(work, items, workers, title):
-    """Yields (item, work(item)) in order, with a progress bar; the work is done by the workers of a DataLoader."""
-    results = DataLoader(items, batch_size=None, collate_fn=work, num_workers=workers, worker_init_fn=ignore_signals)
-    yield from zip(items, tqdm(results, desc=title, unit=" videos", dynamic_ncols=True))
-
 
 def problem(path, frames, stride):
     """Why a clip of the video at path can't be read, or None."""

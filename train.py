@@ -81,7 +81,7 @@ def parse(argv):
             ("accum", positive, "batches added up to one step (default: what makes the recipe's global batch, else 1)"),
             ("repeat", positive, "clips from each decoding of a video, which counts as so many epochs (default: 1)"),
             ("lr", real, "learning rate for a global batch of 256, scaled to yours"),
-            ("eps", number(float, 0.001), "Sinkhorn's: the smaller, the harder to balance (default: the set's, else 0.05)"),
+            ("eps", number(float, 0.001), "Sinkhorn's: smaller is sharper (default: the set's, else 0.05)"),
             ("amp", ["bf16", "fp16", "off"], "autocast (default: bf16 on a GPU that has it, else off)"),
             ("workers", natural, "loader processes for each training process"),
             ("seed", natural, "of weights, shuffle, crops and masks (default: 0)"),
@@ -326,8 +326,8 @@ def pretrain(c, given, checkpoint, device):
     model = make_model(c, device)
     clips, judges = make_clips(c, model.encoder.tube), make_judges(c, model.encoder.tube)
     if before and before.clips != len(clips):
-        raise UserError(f"expected the run's {before.clips:,} videos, found {len(clips):,} in {c.data}: --resume needs as "
-                        "many, --init does not")
+        raise UserError(f"expected the run's {before.clips:,} videos, found {len(clips):,} in {c.data}: --resume needs "
+                        "as many, --init does not")
     wanted = c.global_batch
     c.batch_size, c.accum = split_batch(c, given, len(clips))
     c.world, c.global_batch, c.clips = WORLD, c.batch_size * WORLD * c.accum, len(clips)
@@ -356,25 +356,26 @@ def pretrain(c, given, checkpoint, device):
 
     k, videos, left = 0 if c.target == "pixel" else len(model.prototypes), clips.videos, c.steps - place.step
     tubes = tube_mask(1, clips.grid, c.ratio).sum().item() * c.batch_size * WORLD
+    parameters, passed_over = sum(p.numel() for p in model.parameters()), len(videos.passed_over)
     for title, text in (
-            ("data", f"{len(clips):,} videos in {c.data}, {videos.classes or 'no'} classes; {len(videos.passed_over):,} "
-                     "missing or passed over" + (f", named in {c.out}/passed_over.txt" if videos.passed_over else "")),
-            ("model", f"{c.model}, target {c.target}, {sum(p.numel() for p in model.parameters()):,} parameters; clips "
-                      f"of {c.frames} frames, {c.stride} apart, {c.size} x {c.size}: {math.prod(clips.grid):,} tubes"),
+            ("data", f"{len(clips):,} videos in {c.data}, {videos.classes or 'no'} classes; {passed_over:,} missing or "
+                     "passed over" + (f", named in {c.out}/passed_over.txt" if passed_over else "")),
+            ("model", f"{c.model}, target {c.target}, {parameters:,} parameters; clips of {c.frames} frames, "
+                      f"{c.stride} apart, {c.size} x {c.size}: {math.prod(clips.grid):,} tubes"),
             ("batch", f"{product} clips in a step; on {device}, autocast {c.amp or 'as the device can'}"),
-            ("schedule", f"{c.epochs} epochs = {c.steps:,} steps, the first {c.warmup_steps:,} of them warmup; learning "
-                         f"rate {c.lr:g} x {c.global_batch} / 256 = {c.peak_lr:.3g}"),
+            ("schedule", f"{c.epochs} epochs = {c.steps:,} steps, the first {c.warmup_steps:,} of them warmup; "
+                         f"learning rate {c.lr:g} x {c.global_batch} / 256 = {c.peak_lr:.3g}"),
             ("cost", f"{duration(cost * left)} for {left:,} steps of {cost:.3f} s, as measured now on random clips, if "
                      "the loader keeps up"),
-            ("Sinkhorn", k and f"{tubes:,} hidden tubes at a time share {k:,} prototypes, eps {model.eps:g}: those of one "
-                               "batch on all processes, not of all that is accumulated"),
-            ("warning", tubes < 3 * k and "few hidden tubes for so many prototypes, some go unused: raise --batch-size or "
-                                          "the number of processes (not --accum)"),
-            ("warning", wanted not in (None, c.global_batch) and f"a global batch of {wanted} is intended, this one is "
-                                                                 f"{c.global_batch}: the learning rate is scaled to it"),
+            ("Sinkhorn", k and f"{tubes:,} hidden tubes at a time share {k:,} prototypes, eps {model.eps:g}: those of "
+                               "one batch on all processes, not of all that is accumulated"),
+            ("warning", tubes < 3 * k and "few hidden tubes for so many prototypes, some go unused: raise --batch-size "
+                                          "or the number of processes (not --accum)"),
+            ("warning", wanted not in (None, c.global_batch) and
+             f"a global batch of {wanted} is meant, this one is {c.global_batch}: the learning rate is scaled to it"),
             ("changed", before and (before.world, before.batch_size, before.accum) != (WORLD, c.batch_size, c.accum) and
-             f"it had {before.world} processes x {before.batch_size} clips x {before.accum} accumulated before: Sinkhorn "
-             "balances other batches now"),
+             f"it had {before.world} processes x {before.batch_size} clips x {before.accum} accumulated before: "
+             "Sinkhorn balances other batches now"),
             ("run", c.out + f", going on after step {place.step:,}" * (place.step > 0))):
         if text:
             say(f"{title:11}{text}")
@@ -624,8 +625,9 @@ def show(model, clips, judges, c, device):
         results[name] = evaluate(encoder, judges, c, device)
         say(f"{name:13}linear probe {results[name]['linear_probe']:.1%}, k-NN {results[name]['knn']:.1%}")
     if RANK == 0:
-        results["protocol"] = ("top-1 on validation clips; frozen encoder, mean over tokens, one view of each of at most"
-                               f" {EVAL_CLIPS:,} clips; probe: ridge regression; k-NN: cosine, k = 20, temperature 0.07")
+        results["protocol"] = ("top-1 on validation clips; frozen encoder, mean over tokens, one view of each of at "
+                               f"most {EVAL_CLIPS:,} clips; probe: ridge regression; k-NN: cosine, k = 20, "
+                               "temperature 0.07")
         (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         files = [out / "last.pt", out / "log.jsonl", out / "results.json", show_masks(out / "masks.png", clips)]
         if c.target != "pixel":
