@@ -231,11 +231,7 @@ def decode(path, choose, indices=None):
     """
     try:
         with av.open(path, metadata_errors="replace") as container:                   # closed whatever happens: no leak
-            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-            if not streams or streams[0].codec_context is None:
-                raise VideoError("it has no video stream of a known codec")
-            stream = streams[0]
-            stream.thread_type, stream.codec_context.thread_count = "NONE", 1       # workers are parallel, not decoders
+            stream = video_stream(container)
             packets = packets_of(container, stream)
             first = next(packets, None)
             if first is None or first.pts is None:
@@ -260,6 +256,15 @@ def decode(path, choose, indices=None):
             return torch.stack(decode_packets(stream, found, times)).permute(0, 3, 1, 2)
     except (av.FFmpegError, OSError, ValueError, IndexError, ZeroDivisionError, TypeError) as error:
         raise VideoError(f"it can't be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def video_stream(container):
+    """The first stream that is a video and no cover picture, to be decoded by one thread: workers are parallel."""
+    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not streams or streams[0].codec_context is None:
+        raise VideoError("it has no video stream of a known codec")
+    streams[0].thread_type, streams[0].codec_context.thread_count = "NONE", 1
+    return streams[0]
 
 
 def packets_of(container, stream):
@@ -559,7 +564,8 @@ def problem(path, frames, stride):
 
 def check(data, root, out, workers):
     """Decodes a clip of each video of each split; writes out/<split>.csv, which --data out takes, and out/bad.txt."""
-    settings, checked, bad = recipe(data, "base"), 0, []
+    settings, bad = recipe(data, "base"), []
+    reason_of = partial(problem, frames=settings["frames"], stride=settings["stride"])
     out.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
         try:
@@ -568,10 +574,9 @@ def check(data, root, out, workers):
             if split == "train":
                 raise
             continue
-        reasons = in_parallel(partial(problem, frames=settings["frames"], stride=settings["stride"]), found.paths,
-                              workers, f"checking {split}")
         lines, unread = [], []
-        for (path, reason), label in zip(reasons, found.labels):
+        results = in_parallel(reason_of, found.paths, workers, f"checking {split}")
+        for (path, reason), label in zip(results, found.labels):
             if reason:
                 unread.append(f"{path}: {reason}")
             else:
@@ -594,8 +599,7 @@ def re_encode(pair):
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with av.open(str(source), metadata_errors="replace") as old, av.open(str(draft), "w", format="mp4") as new:
-            video = old.streams.video[0]
-            video.thread_type, video.codec_context.thread_count = "NONE", 1
+            video = video_stream(old)
             scale = 256 / min(video.width, video.height)
             # No frame refers to a B-frame, and three of four are: those that a clip doesn't want needn't be decoded.
             stream = new.add_stream("libx264", rate=video.average_rate, options={
@@ -657,7 +661,7 @@ def main(argv=None):
         else:
             prepare(Path(given.source), Path(given.target), given.workers)
         return 0
-    except (UserError, OSError, ValueError, KeyboardInterrupt) as error:
+    except (UserError, OSError, ValueError, RuntimeError, KeyboardInterrupt) as error:
         print(f"error: {error or 'stopped'}", file=sys.stderr)
         return 2
     finally:
