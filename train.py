@@ -218,11 +218,11 @@ def split_batch(c, given, clips):
 
     Where the batch size isn't given, it is at most the recipe's. A small set's global batch is at most all its clips.
     """
-    most, accum = c.batch_size // c.repeat, c.accum                                                  # counted in videos
+    most, accum = max(c.batch_size // c.repeat, 1), c.accum                                         # counted in videos
     share = (c.global_batch or c.batch_size * WORLD * (accum or 1)) // WORLD // c.repeat              # of each process
     share = max(min(share, clips // WORLD), 1)
     if "batch_size" in given:
-        return c.batch_size, accum or max(share // max(most, 1), 1)
+        return c.batch_size, accum or max(share // most, 1)
     accum = accum or -(-share // most)
     return max(min(most, share // accum), 1) * c.repeat, accum
 
@@ -387,10 +387,11 @@ def pretrain(c, given, checkpoint, device):
 
 
 def time_batch(parallel, c, grid, device, optimizer=None, repeat=1):
-    """Seconds that forward and backward of one batch take, on random clips; leaves no gradients behind."""
-    video = torch.randint(256, (c.batch_size, 3, c.frames, c.size, c.size), dtype=torch.uint8)
-    video = video.pin_memory() if device.type == "cuda" else video
-    mask = tube_mask(c.batch_size, grid, c.ratio)
+    """Seconds that forward and backward of one batch take, on random clips (CPUs get few); leaves no gradients."""
+    gpu = device.type == "cuda"
+    number = c.batch_size if gpu else min(c.batch_size, max(2, 2 ** 21 // (c.frames * c.size ** 2)))
+    video = torch.randint(256, (number, 3, c.frames, c.size, c.size), dtype=torch.uint8)
+    video, mask = video.pin_memory() if gpu else video, tube_mask(number, grid, c.ratio)
 
     def work():
         with autocast(c.amp, device):
@@ -400,7 +401,7 @@ def time_batch(parallel, c, grid, device, optimizer=None, repeat=1):
             optimizer.step()
         parallel.zero_grad()
 
-    return seconds(work, device, repeat)
+    return seconds(work, device, repeat) * c.batch_size / number
 
 
 def fit(model, parallel, clips, judges, order, c, checkpoint, place, max_steps, cost, device):
