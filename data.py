@@ -5,6 +5,7 @@ What `--data` may name (`find_videos`):
     a folder                FOLDER/<class name>/*.mp4 (any depth below a class), or FOLDER/train/<class name>/*.mp4,
                             or FOLDER/train.csv, a list
     a flat folder           FOLDER/*.mp4: no labels, enough for pretraining
+    a folder of images      in place of videos, as the folders above: clips that stand still
     a list file             a video a line, `path` or `path label`; the label is a whole number and the last field, so
                             paths may hold spaces; relative paths start at the list's own folder
 Each video is opened, the wanted frames are decoded and nothing after them, and the clip stays uint8 until it is on the
@@ -24,6 +25,7 @@ import shutil
 import signal
 import sys
 from bisect import bisect_right
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -34,6 +36,8 @@ import torch.nn.functional as F
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transform
 from tqdm import tqdm
@@ -42,6 +46,7 @@ from sigma import IMAGENET_MEAN, IMAGENET_STD, tube_mask
 
 av.logging.set_level(av.logging.FATAL)              # a damaged file is reported once, by us, not line by line by FFmpeg
 SUFFIXES = set(".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .ts .mts .wmv .flv .3gp .ogv".split())
+IMAGES = {".jpg", ".jpeg", ".png"}
 RETRIES = 10                                          # other clips that are tried in place of one that can't be read
 
 
@@ -56,29 +61,42 @@ class VideoError(Exception):
 # --- Data sets: recipe and layout -------------------------------------------------------------------------------------
 
 VIDEO = dict(frames=16, stride=4, size=224, ratio=0.9, epochs=800, batch_size=40, lr=1.5e-4, warmup=40, eps=None,
-             global_batch=None, workers=min(8, os.cpu_count()))                # of any videos; a set's own come on top:
-# As published, where the paper pretrains on a set (ucf101 and hmdb51: as k400). global_batch: GPUs x clips on each.
-# small: what differs for that model. videos: of the training split, about. layout: what lies below the root.
+             global_batch=None, workers=min(8, os.cpu_count()), views="1x1", sampling="dense", flip="on", augment="on")
+TASKS = {                                                                 # what the labelled tasks have in their place
+    "finetune": dict(epochs=100, batch_size=16, lr=1e-3, warmup=5, views="5x3", global_batch=None),
+    "probe": dict(epochs=30, batch_size=16, lr=1e-3, warmup=5, views="5x3", global_batch=None)}
+# A set's own settings come on top, as published where the authors have them (ucf101 and hmdb51: as k400). global_batch:
+# GPUs x clips on each. small, finetune, probe: what differs for these. videos: of the training split, about. layout:
+# what lies below the root. flip: never where classes tell left from right.
+KINETICS = dict(stride=4, epochs=800, eps=0.05, global_batch=16 * 40, finetune=dict(global_batch=8 * 4 * 8))
 SETS = {
-    "k400": dict(videos=241_000, classes=400, stride=4, epochs=800, eps=0.05, global_batch=16 * 40,
-                 layout="{train,val}/<class>/*.mp4, or the csv tables label,youtube_id,time_start,... beside them"),
+    "k400": KINETICS | dict(videos=241_000, classes=400,
+                            layout="{train,val}/<class>/*.mp4, or csv tables label,youtube_id,time_start,... beside"),
     "ssv2": dict(videos=168_913, classes=174, stride=2, epochs=800, eps=0.03, global_batch=16 * 32,
-                 small=dict(epochs=2400, eps=0.05, global_batch=8 * 16),
+                 sampling="segments", flip="off", small=dict(epochs=2400, eps=0.05, global_batch=8 * 16),
+                 finetune=dict(epochs=40, views="2x3", global_batch=8 * 4),
+                 probe=dict(views="2x3", global_batch=8 * 24 * 2),
                  layout="20bn-something-something-v2/<id>.webm with {labels,train,validation}.json"),
-    "ucf101": dict(videos=9_537, classes=101, stride=4, epochs=800, eps=0.05, global_batch=16 * 40,
-                   layout="UCF-101/<Class>/v_*.avi with ucfTrainTestlist/{classInd,trainlist01,testlist01}.txt"),
-    "hmdb51": dict(videos=3_570, classes=51, stride=4, epochs=800, eps=0.05, global_batch=16 * 40,
-                   layout="<class>/*.avi with testTrainMulti_7030_splits/<class>_test_split1.txt"),
+    "ucf101": KINETICS | dict(videos=9_537, classes=101,
+                              layout="UCF-101/<Class>/v_*.avi with ucfTrainTestlist/"
+                                     "{classInd,trainlist01,testlist01}.txt"),
+    "hmdb51": KINETICS | dict(videos=3_570, classes=51,
+                              layout="<class>/*.avi with testTrainMulti_7030_splits/<class>_test_split1.txt"),
     "toy": dict(videos=8192, classes=8, stride=1, epochs=20, eps=0.03, global_batch=64, frames=8, size=32, ratio=0.75,
-                batch_size=64, lr=6e-3, warmup=1, workers=0, layout="{train,val}/<class>/*.mp4"),
+                batch_size=64, lr=6e-3, warmup=1, workers=0, flip="off", layout="{train,val}/<class>/*.mp4",
+                finetune=dict(epochs=20, batch_size=64, lr=4e-3, warmup=1, views="1x1", augment="off"),
+                probe=dict(epochs=10, batch_size=64, lr=4e-3, warmup=1, views="1x1", augment="off")),
 }
 SPLITS = ("train", "val", "test")
 
 
-def recipe(data, model):
-    """The default settings for pretraining `model` on `data`. The tiny one takes clips like toy's from any data."""
+def recipe(data, model, task="pretrain"):
+    """The default settings for a task with `model` on `data`. The tiny model takes clips like toy's from any data."""
     own = SETS.get("toy" if model == "tiny" else data, {})
-    own = own | own.get("small", {}) if model == "small" else own
+    if task in TASKS:
+        own = own | TASKS[task] | own.get(task, {})
+    elif model == "small":
+        own = own | own.get("small", {})
     return {name: own.get(name, default) for name, default in VIDEO.items()}
 
 
@@ -92,6 +110,18 @@ class Videos:
     @property
     def classes(self):
         return len(set(self.labels) - {-1})
+
+    def take(self, indices):
+        """Those at the indices alone."""
+        return Videos([self.paths[i] for i in indices], [self.labels[i] for i in indices])
+
+    def limit(self, number, seed):
+        """A random choice of `number` videos in which the classes have equal shares, or differ by one video."""
+        turn, ranked = Counter(), []
+        for i in torch.randperm(len(self.paths), generator=torch.Generator().manual_seed(seed)).tolist():
+            turn[self.labels[i]] += 1                                              # how many of its class came so far
+            ranked.append((turn[self.labels[i]], len(ranked), i))
+        return self.take(sorted(i for _, _, i in sorted(ranked)[:number]))
 
 
 def find_videos(data, split="train", root=None):
@@ -139,8 +169,9 @@ def files_below(folder):
 def walk_folder(folder, found, classes=()):
     """Adds the videos below a folder. Its sub-folders and `classes` are the classes, numbered alphabetically."""
     files = files_below(folder)
-    videos = [path for path in files if path.suffix.lower() in SUFFIXES]
-    found.passed_over += [f"{path}: not a video by its name" for path in files if path.suffix.lower() not in SUFFIXES]
+    kind = SUFFIXES if any(path.suffix.lower() in SUFFIXES for path in files) else IMAGES
+    videos = [path for path in files if path.suffix.lower() in kind]
+    found.passed_over += [f"{path}: not a video by its name" for path in files if path.suffix.lower() not in kind]
     deep = [path for path in videos if path.parent != Path(folder)]
     names = sorted({path.relative_to(folder).parts[0] for path in deep} | set(classes) if deep else {})
     number = {name: label for label, name in enumerate(names)}
@@ -222,6 +253,49 @@ def pretraining_frames(n, frames, stride, generator=None):
     return [min(start + stride * i, n - 1) for i in range(frames)]
 
 
+def dense_frames(n, frames, stride, generator=None):
+    """As Kinetics is fine-tuned: evenly over a window of frames * stride, whose place is random."""
+    def evenly(start, end, number):
+        return [min(int(start + i * ((end - start) / max(number - 1, 1))), end - 1) for i in range(number)]
+
+    if n > frames * stride:
+        start = int(torch.randint(n - frames * stride, (1,), generator=generator))
+        return evenly(start, start + frames * stride, frames)
+    return (evenly(0, n, n // stride) + [n - 1] * frames)[:frames]
+
+
+def segment_frames(n, frames, stride, generator=None):
+    """As Something-Something is fine-tuned: a random frame of each of `frames` equal parts of the video."""
+    part = n // frames
+    if part == 0:
+        return [i * n // frames for i in range(frames)]
+    return [i * part + int(torch.randint(part, (1,), generator=generator)) for i in range(frames)]
+
+
+def view_frames(n, frames, stride, views, sampling):
+    """Indices for each of the views in time: "dense", windows spread over the video; "segments", frames from all of it.
+
+    A single view is the one in the middle.
+    """
+    if sampling == "segments":
+        part = n / frames
+        return [[int(part * i + part * (view / views if views > 1 else 0.5)) for i in range(frames)]
+                for view in range(views)]
+    every = list(range(0, n, stride))
+    free = max(len(every) - frames, 0)
+    starts = [view * free // (views - 1) for view in range(views)] if views > 1 else [free // 2]
+    return [[every[min(start + i, len(every) - 1)] for i in range(frames)] for start in starts]
+
+
+def still(path, choose):
+    """An image as a video of one frame, (n, 3, H, W) uint8: as many copies as choose asks for."""
+    try:
+        image = decode_image(path, ImageReadMode.RGB)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise VideoError(f"it can't be read: {str(error).splitlines()[0]}") from None
+    return image.expand(len(choose(1)), -1, -1, -1)
+
+
 def decode(path, choose, indices=None):
     """Frames of a video, (n, 3, H, W) uint8 RGB: those that choose(number of frames) -> ascending indices asks for.
 
@@ -229,6 +303,8 @@ def decode(path, choose, indices=None):
     constant. Many files know the number of their frames only roughly: where one ends sooner, its last frame is held.
     Raises VideoError with the reason. With indices, which choose has given before, it reads from the file's beginning.
     """
+    if Path(path).suffix.lower() in IMAGES:
+        return still(path, choose)
     try:
         with av.open(path, metadata_errors="replace") as container:                   # closed whatever happens: no leak
             stream = video_stream(container)
@@ -351,16 +427,30 @@ def resize_crop(frames, box, size):
     return frames.transpose(0, 1)
 
 
+def tuning_augmentation(size, flip):
+    """Fine-tuning's augmentation, alike for all frames of a clip: (T, 3, H, W) uint8 -> (T, 3, size, size) uint8.
+
+    Random resized crop, flip, and four times with probability 1/2 an operation of RandAugment of strength 7 of 10 with
+    deviation 0.5. It draws from torch's own random state.
+    """
+    strengths = [v2.RandAugment(1, strength, 101, fill=[124, 116, 104]) for strength in (64, 70, 76)]
+    return v2.Compose([v2.RandomResizedCrop(size, antialias=False), v2.RandomHorizontalFlip(0.5 if flip else 0)]
+                      + [v2.RandomApply([v2.RandomChoice(strengths)], 0.5)] * 4)
+
+
 class Clips(Dataset):
     """A clip with its tube mask for each key (epoch, index): the same key gives the same clip, on whichever worker.
 
     Items are (video (R, 3, T, S, S) uint8, mask (R, N) bool, label, index, bad): bad holds the [path, reason] of videos
-    that couldn't be read, in whose place the clip comes from another one. After RETRIES of them the clip is black.
-    repeat: R, clips from one pass over the video, each with its own place, crop and mask. crop: corner_crop or
-    centre_crop. cache: a dict that keeps decoded videos, for sets that fit into memory.
+    that couldn't be read, in whose place the clip comes from another one. After `tries` of them the clip is black.
+    repeat: R, clips from one pass over the video, each with its own place, crop and mask. choose: pretraining_frames or
+    one like it. crop: corner_crop or centre_crop. augment: a transform of frames in place of crop. cache: a dict that
+    keeps decoded videos, for sets that fit into memory.
     """
+    tries = RETRIES
 
-    def __init__(self, videos, *, frames, stride, size, tube, ratio, repeat=1, crop=corner_crop, seed=0, cache=None):
+    def __init__(self, videos, *, frames, stride, size, tube, ratio, repeat=1, choose=pretraining_frames,
+                 crop=corner_crop, augment=None, seed=0, cache=None):
         if frames % tube[0] or size % tube[1] or size % tube[2]:
             raise UserError(f"expected --frames and --size divisible by the tube {tuple(tube)}, found {frames} and "
                             f"{size}: take multiples")
@@ -369,44 +459,79 @@ class Clips(Dataset):
             raise UserError(f"expected clips of which {ratio:.0%} can be hidden, found {self.grid[1]} x {self.grid[2]} "
                             "tubes in a frame: take a larger --size")
         self.videos, self.frames, self.stride, self.size, self.tube = videos, frames, stride, size, tube
-        self.ratio, self.repeat, self.crop, self.seed, self.cache = ratio, repeat, crop, seed, cache
+        self.ratio, self.repeat, self.choose, self.crop, self.augment = ratio, repeat, choose, crop, augment
+        self.seed, self.cache = seed, cache
 
     def __len__(self):
         return len(self.videos.paths)
 
-    def read(self, path, generator):
-        """The clips of one pass over the video at path, (R, 3, T, size, size) uint8. Raises VideoError."""
-        clips = []                                                                  # the indices of each one's frames
+    def frames_of(self, path, choose):
+        """For each list of indices in choose(number of frames) these frames of the video, (T, 3, H, W) uint8."""
+        clips = []
 
-        def choose(n):
-            clips.extend(pretraining_frames(n, self.frames, self.stride, generator) for _ in range(self.repeat))
+        def union(n):
+            clips.extend(choose(n))
             return sorted(set().union(*clips))
 
         if self.cache is None:
-            frames = decode(path, choose)
+            frames = decode(path, union)
             place = {index: i for i, index in enumerate(sorted(set().union(*clips)))}         # of a frame among these
         else:
             if path not in self.cache:
                 self.cache[path] = decode(path, range)
             frames = self.cache[path]
-            choose(len(frames))
+            union(len(frames))
             place = range(len(frames))
-        boxes = [self.crop(*frames.shape[-2:], generator) for _ in clips]
-        clips = [frames[[place[index] for index in clip]] for clip in clips]
-        return torch.stack([resize_crop(clip, box, self.size) for clip, box in zip(clips, boxes)])
+        return [frames[[place[index] for index in clip]] for clip in clips]
+
+    def read(self, path, generator):
+        """The clips of one pass over the video at path, (R, 3, T, size, size) uint8. Raises VideoError."""
+        clips = self.frames_of(path, lambda n: [self.choose(n, self.frames, self.stride, generator)
+                                                for _ in range(self.repeat)])
+        if not self.augment:
+            return torch.stack([resize_crop(clip, self.crop(*clip.shape[-2:], generator), self.size) for clip in clips])
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.set_state(generator.get_state())
+            return torch.stack([self.augment(clip).transpose(0, 1) for clip in clips])
 
     def __getitem__(self, key):
         epoch, index = key
         generator = torch.Generator().manual_seed(hash((self.seed, epoch, index)) % 2 ** 63)
         mask, bad = tube_mask(self.repeat, self.grid, self.ratio, generator), []
-        while len(bad) < RETRIES:
+        while len(bad) < self.tries:
             path = self.videos.paths[index]
             try:
                 return self.read(path, generator), mask, self.videos.labels[index], index, bad
             except VideoError as error:
                 bad.append([path, str(error)])
-                index = int(torch.randint(len(self), (1,), generator=generator))
+                if self.tries > 1:
+                    index = int(torch.randint(len(self), (1,), generator=generator))
         return torch.zeros(self.repeat, 3, self.frames, *[self.size] * 2, dtype=torch.uint8), mask, -1, index, bad
+
+
+class Views(Clips):
+    """Each video in several views, for testing: items as those of Clips, R = views in time x crops, time first.
+
+    The short side is resized to `size`; the crops, size x size, lie evenly along the long one (a single one in the
+    middle). No other video takes the place of one that can't be read: its views are black and its label is -1.
+    """
+    tries = 1
+
+    def __init__(self, videos, *, times=1, crops=1, sampling="dense", **options):
+        super().__init__(videos, **options | dict(repeat=times * crops))
+        self.times, self.crops, self.sampling = times, crops, sampling
+
+    def read(self, path, generator=None):
+        clips = self.frames_of(path, lambda n: view_frames(n, self.frames, self.stride, self.times, self.sampling))
+        found = []
+        for clip in clips:
+            clip = transform.resize(clip, [self.size], antialias=False).transpose(0, 1)                     # 3 T H W
+            axis = 2 if clip.shape[2] > clip.shape[3] else 3
+            free = clip.shape[axis] - self.size
+            for crop in range(self.crops):
+                start = crop * free // (self.crops - 1) if self.crops > 1 else free // 2
+                found.append(clip.narrow(axis, start, self.size))
+        return torch.stack(found)
 
 
 class Order(Sampler):

@@ -119,7 +119,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block. drop_path (stochastic depth): how often, in training, a clip skips one of its halves;
+    0 in pretraining, the kept ones are scaled so that the mean stays."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -127,10 +128,16 @@ class Block(nn.Module):
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim)
+        self.drop_path = 0.0
+
+    def skip(self, half):
+        if not self.training or self.drop_path == 0:
+            return half
+        return half * F.dropout(half.new_ones(len(half), 1, 1), self.drop_path)                  # one number for a clip
 
     def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.skip(self.attn(self.norm1(x)))
+        return x + self.skip(self.mlp(self.norm2(x)))
 
 
 class TubeEmbedding(nn.Module):
@@ -365,6 +372,33 @@ class SIGMA(nn.Module):
             return predicted @ self.prototypes.detach().T, target @ self.prototypes.T
 
 
+class Classifier(nn.Module):
+    """The encoder with a classifier, for fine-tuning and linear probes: mean over all tokens, LayerNorm, linear layer.
+
+    As published the LayerNorm stands behind the mean, in place of the encoder's last one, and the head starts near 0.
+    encoder: an Encoder, which it takes over. drop_path: of the last block; it grows linearly from 0 in the first.
+    """
+
+    def __init__(self, encoder, classes, drop_path=0.0):
+        super().__init__()
+        self.encoder, encoder.norm = encoder, nn.Identity()
+        for block, rate in zip(encoder.blocks, torch.linspace(0, drop_path, len(encoder.blocks)).tolist()):
+            block.drop_path = rate
+        self.fc_norm = nn.LayerNorm(encoder.dim, eps=1e-6)
+        self.head = nn.Linear(encoder.dim, classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        self.head.weight.data.mul_(0.001)
+        nn.init.zeros_(self.head.bias)
+
+    def pooled(self, video):
+        """video (B, 3, T, H, W), normalised -> features of whole clips (B, D)."""
+        return self.fc_norm(self.encoder(video).mean(dim=1))
+
+    def forward(self, video):
+        """video (B, 3, T, H, W), normalised -> logits (B, classes)."""
+        return self.head(self.pooled(video))
+
+
 SIZES = {
     #             encoder: width, blocks, heads    decoder: width, blocks, heads
     "tiny":  dict(dim=128, depth=4, heads=4, decoder_dim=64, decoder_depth=2, decoder_heads=2, tube=(4, 8, 8),
@@ -374,6 +408,11 @@ SIZES = {
     "large": dict(dim=1024, depth=24, heads=16, decoder_dim=512, decoder_depth=4, decoder_heads=8),
     "huge":  dict(dim=1280, depth=32, heads=16, decoder_dim=640, decoder_depth=4, decoder_heads=8),
 }
+
+
+def tube_of(size):
+    """The tube (frames, rows, columns) of a size in SIZES."""
+    return SIZES[size].get("tube", (2, 16, 16))
 
 
 def build_model(size="base", **changes):

@@ -1,4 +1,4 @@
-"""Pretrain SIGMA: on the toy set in minutes, on real videos, on one process or many.
+"""Pretrain SIGMA and evaluate it: on the toy set in minutes, on real videos, on one process or many.
 
     python train.py                                             toy set: rendered, trained on, and judged by a probe
     python train.py --target pixel                              the same with VideoMAE's target, to compare
@@ -6,6 +6,9 @@
     python train.py --data videos/ --model small --epochs 100   a folder or list of your own videos
     python train.py --resume out/toy-tiny-mlp                   go on where a run stopped, with its own settings
     python train.py --bench --model small --batch-size 2        train nothing: how fast are loader and step here?
+    python train.py --task finetune --init out/toy-tiny-mlp     all weights, with labels; then test (also: probe, knn)
+    python train.py --task features --init out/toy-tiny-mlp     pooled features of all videos, in one file
+    python train.py --task show --init out/toy-tiny-mlp         pictures: masks, prototypes, cluster maps, components
 
 A run writes two checkpoints, log.jsonl, results.json and pictures to out/<run>/. SIGTERM, SIGUSR1, Ctrl-C save first.
 """
@@ -14,6 +17,7 @@ import ctypes
 import json
 import math
 import os
+import re
 import resource
 import signal
 import sys
@@ -30,20 +34,26 @@ from einops import rearrange
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.utils import save_image
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.utils import draw_bounding_boxes, save_image
 from tqdm import tqdm
 
-from data import RETRIES, SETS, VIDEO, Clips, Order, UserError, centre_crop, find_videos, kill_workers, loader
-from data import make_toy, normalise, recipe, scaled
-from sigma import SIZES, build_model, sinkhorn, take_tubes, tube_mask
+from data import RETRIES, SETS, SPLITS, TASKS, VIDEO, Clips, Order, UserError, Views, centre_crop, dense_frames
+from data import find_videos, kill_workers, loader, make_toy, normalise, recipe, scaled, segment_frames
+from data import tuning_augmentation, write_video
+from sigma import SIZES, Classifier, build_model, sinkhorn, take_tubes, tube_mask, tube_of
 
-COMMON = dict(root=None, target="mlp", accum=None, repeat=1, seed=0, amp=None, eval_every=0, compile=False)
+COMMON = dict(task="pretrain", root=None, val=None, limit=0, target="mlp", accum=None, repeat=1, seed=0, amp=None,
+              eval_every=0, compile=False, split="train", tokens=False, classes=None, source=None)
 RECOMPUTE = ("large", "huge")                                   # models whose activations are computed again, not kept
-BETAS, WEIGHT_DECAY, FINAL_LR = (0.9, 0.95), 0.05, 1e-5         # AdamW's; rates are for a global batch of 256 clips
+BETAS, FINAL_LR, WEIGHT_DECAY = (0.9, 0.95), 1e-5, 0.05         # AdamW's; rates are for a global batch of 256 clips
+LABELLED_BETAS, LABELLED_FINAL_LR, LAYER_DECAY, DROP_PATH, SMOOTHING = (0.9, 0.999), 1e-6, 0.75, 0.1, 0.1
 LOG_STEPS, LOG_SECONDS, SAVE_SECONDS = 10, 10, 600              # a log line every 10 steps, or sooner if slow
 TOLERATED = 5                                                   # unreadable videos in a set of which 1% would be fewer
 EVAL_CLIPS = 10_000                                             # of each split, for the probe and k-NN while training
 BENCH_SECONDS = 10                                              # in which --bench reads videos
+CACHE = {}                                                      # the toy set's decoded videos
 RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))    # torchrun's
 
 
@@ -69,10 +79,13 @@ def parse(argv):
     natural, positive, real = number(int, 0), number(int, 1), number(float, 0)
     either, toy = parser.add_mutually_exclusive_group(), SETS["toy"]
     for name, kind, text in (
+            ("task", ["pretrain", *TASKS, "knn", "features", "show"], "what to do (default: pretrain)"),
             ("data", str, "k400, ssv2, ucf101, hmdb51, toy, a folder of videos, or a list file (default: toy)"),
             ("root", str, "the named set's folder (default: data/<name>)"),
-            ("model", list(SIZES), "size of the networks (default: tiny for toy, else base)"),
-            ("target", ["mlp", "pixel"], "mlp: SIGMA-MLP; pixel: the VideoMAE baseline (default: mlp)"),
+            ("val", str, "videos to test on, a folder or list (default: the val or test split of --data)"),
+            ("limit", natural, "use so many labelled training videos, the same number of each class (default: all)"),
+            ("model", list(SIZES), "size of the networks (default: that of --init, else tiny for toy, else base)"),
+            ("target", ["mlp", "pixel"], "mlp: SIGMA-MLP; pixel: the VideoMAE baseline (default: --init's, else mlp)"),
             ("frames", positive, "frames of a clip"),
             ("stride", positive, "frames of the video from one frame of the clip to the next"),
             ("size", positive, "pixels of a clip's side"),
@@ -83,17 +96,23 @@ def parse(argv):
             ("lr", real, "learning rate for a global batch of 256, scaled to yours"),
             ("eps", number(float, 0.001), "Sinkhorn's: smaller is sharper (default: the set's, else 0.05)"),
             ("amp", ["bf16", "fp16", "off"], "autocast (default: bf16 on a GPU that has it, else off)"),
+            ("views", str, "for testing: clips x crops of each video, like 5x3 (default: the set's; knn: 1x1)"),
+            ("sampling", ["dense", "segments"], "frames of labelled clips: stride apart, or from all of the video"),
+            ("flip", ["on", "off"], "mirror labelled clips at random: off where classes tell left from right"),
+            ("augment", ["on", "off"], "off: labelled clips as in pretraining, not mixed, erased or distorted"),
+            ("split", list(SPLITS), "of --data, for features and show (default: train)"),
+            ("tokens", None, "features: of each tube instead of each video"),
             ("workers", natural, "loader processes for each training process"),
             ("seed", natural, "of weights, shuffle, crops and masks (default: 0)"),
             ("out", str, "folder of the run (default: out/<data>-<model>-<target>)"),
             ("resume", str, "folder or checkpoint of a run: go on exactly where it stopped"),
-            ("init", str, "folder or checkpoint of a run: start a new one from its weights"),
-            ("eval_every", natural, "epochs between k-NN and linear probe on the validation split (default: 0, never)"),
+            ("init", str, "folder or checkpoint of a run: take its weights"),
+            ("eval_every", natural, "epochs between accuracies on the validation split (default: 0, never)"),
             ("max_steps", positive, "stop and save after this many steps of the schedule"),
             ("compile", None, "compile the transformer blocks: slow to start, then faster"),
             ("bench", None, "measure loader, step and Sinkhorn here; train nothing")):
-        if name in VIDEO and name != "eps":
-            text += f" (default: {VIDEO[name]}; toy and tiny: {toy[name]})"
+        if name in VIDEO and "default" not in text:
+            text += f" (default: {VIDEO[name]}; toy and tiny: {toy.get(name, VIDEO[name])}; some sets have their own)"
         kind = dict(action="store_true") if kind is None else {"choices" if isinstance(kind, list) else "type": kind}
         place = either if name in ("resume", "init") else parser
         place.add_argument("--" + name.replace("_", "-"), help=text, **kind)
@@ -101,32 +120,42 @@ def parse(argv):
 
 
 def configure(given):
-    """The run's settings, a plain dictionary: recipe, then flags; and the checkpoint that it goes on from, or None."""
+    """The run's settings, a plain dictionary: recipe, then flags; and the checkpoint that it starts from, or None."""
     checkpoint, once = None, ("resume", "init", "max_steps", "bench")
+    if "resume" in given or "init" in given:
+        path, checkpoint = read_checkpoint(given.get("resume") or given["init"])
     if "resume" in given:
-        path, checkpoint = read_checkpoint(given["resume"])
-        config = checkpoint["config"] | dict(out=str(path.parent), accum=None)
-        free = {"data", "root", "batch_size", "accum", "workers", "out", "eval_every", "compile"}
+        config = COMMON | VIDEO | checkpoint["config"] | dict(out=str(path.parent), accum=None)
+        free = {"data", "root", "val", "views", "batch_size", "accum", "workers", "out", "eval_every", "compile"}
         for name in given.keys() - free - set(once):
             if given[name] != config[name]:
                 raise UserError(f"--resume keeps the run's own --{name} {config[name]}, found {given[name]}: leave it "
                                 "out, or start a new run from the weights with --init")
     else:
+        before, task = checkpoint["config"] if checkpoint else {}, given.get("task", "pretrain")
+        if task in ("features", "show") and not checkpoint:
+            raise UserError(f"expected --init with --task {task}, found none: give a run's folder or its last.pt")
         full = "bench" in given and given.get("model", "tiny") != "tiny"
         data = given.get("data", "k400" if full else "toy")
-        model = given.get("model", "tiny" if data == "toy" else "base")
-        config = COMMON | recipe(data, model) | dict(data=data, model=model)
+        model = given.get("model") or before.get("model") or ("tiny" if data == "toy" else "base")
+        config = COMMON | recipe(data, model, task) | dict(
+            data=data, model=model, target=before.get("target", "mlp"), source=str(path) if checkpoint else "untrained")
     config |= {name: value for name, value in given.items() if name not in once}
-    config = {"out": f"out/{Path(config['data']).resolve().stem}-{config['model']}-{config['target']}"} | config
+    name = f"{Path(config['data']).resolve().stem}-{config['model']}-{config['target']}"
+    config = {"out": f"out/{name}" + f"-{config['task']}" * (config["task"] != "pretrain")} | config
     out = Path(config["out"])
-    taken = any((out / name).exists() for name in CHECKPOINTS) and not (checkpoint and out.samefile(path.parent))
-    if taken and "bench" not in given:
+    resumed = "resume" in given and out.samefile(path.parent)
+    if any((out / name).exists() for name in CHECKPOINTS) and not resumed and "bench" not in given:
         raise UserError(f"expected a new folder for a new run, found a checkpoint in {out}: go on with --resume {out}, "
                         "or choose another --out")
     if config["root"] and config["data"] not in SETS:
         raise UserError(f"expected --root with --data {', '.join(SETS)}, found it with {config['data']}: leave it out")
     if out.exists() and not out.is_dir():
         raise UserError(f"expected a folder as --out, found the file {out}: choose another name")
+    if not re.fullmatch(r"[1-9]\d?x[1-9]", config["views"]):
+        raise UserError(f"expected --views as clips x crops, like 5x3, found {config['views']}: give two numbers")
+    if config["flip"] == "on" and config["data"] == "ssv2":
+        raise UserError("expected --flip off with ssv2, found on: left and right are labels there")
     return config, checkpoint
 
 
@@ -170,22 +199,60 @@ def autocast(name, device):
 
 
 def make_model(c, device):
-    """The model of settings c, on the device."""
+    """The model of settings c, on the device: SIGMA, or for c.classes the encoder with a classifier."""
     torch.manual_seed(c.seed)
-    model = build_model(c.model, target=c.target, **dict(eps=c.eps) if c.eps else {}).to(device)
-    for part in (model.encoder, model.decoder):
+    model = build_model(c.model, target=c.target, **dict(eps=c.eps) if c.eps else {})
+    if c.classes:
+        model = Classifier(model.encoder, c.classes, DROP_PATH if c.task == "finetune" else 0)
+        model.encoder.requires_grad_(c.task != "probe")
+    for part in [model.encoder] + ([] if c.classes else [model.decoder]):
         part.recompute = c.model in RECOMPUTE
         if c.compile:                       # one block at a time: they are alike, so one compilation serves them all
             for block in part.blocks:
                 block.compile()
-    return model
+    return model.to(device)
 
 
-def make_optimizer(model):
-    """AdamW without weight decay on biases, norms and other vectors. The learning rate is set before each step."""
-    groups = [dict(params=[p for p in model.parameters() if p.ndim > 1], weight_decay=WEIGHT_DECAY),
-              dict(params=[p for p in model.parameters() if p.ndim <= 1], weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=True)
+def layer_scale(name, depth):
+    """What a parameter's learning rate is multiplied with in fine-tuning: 1 for the head, then less from the last
+    block down to the tube embedding (layer-wise decay)."""
+    layer = 0 if "patch_embed" in name else int(name.split("blocks.")[1].split(".")[0]) + 1 if "blocks." in name \
+        else depth + 1
+    return LAYER_DECAY ** (depth + 1 - layer)
+
+
+def make_optimizer(model, task="pretrain"):
+    """AdamW without weight decay on biases, norms and other vectors. The learning rate is set before each step, to
+    that of the schedule times the group's scale."""
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            scale = layer_scale(name, len(model.encoder.blocks)) if task == "finetune" else 1.0
+            groups.setdefault((scale, p.ndim > 1), []).append(p)
+    return torch.optim.AdamW([dict(params=params, scale=scale, weight_decay=WEIGHT_DECAY if matrices else 0.0)
+                              for (scale, matrices), params in groups.items()],
+                             lr=0.0, betas=LABELLED_BETAS if task in TASKS else BETAS, fused=True)
+
+
+def make_step(parallel, c, device):
+    """What training does with a batch (video uint8, mask, label of each video): the loss and its statistics."""
+    if c.task not in TASKS:
+        return lambda video, mask, label: parallel(normalise(video, device), mask)
+    mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=c.classes), v2.CutMix(alpha=1.0, num_classes=c.classes)])
+    erase = v2.RandomErasing(p=0.25, value="random")
+
+    def step(video, mask, label):
+        video, label = normalise(video, device), label.clamp(min=0).to(device)           # -1: a clip that is all black
+        target = label.repeat_interleave(len(video) // len(label))
+        if c.augment == "on":
+            video = torch.stack([erase(clip.transpose(0, 1)).transpose(0, 1) for clip in video])
+            video, target = mix(tv_tensors.Video(video), target)                            # target: B classes, soft
+        logits = parallel(video.as_subclass(torch.Tensor)).float()
+        most = target.argmax(dim=1) if target.ndim > 1 else target
+        return (F.cross_entropy(logits, target, label_smoothing=SMOOTHING),
+                {"train_accuracy": (logits.argmax(dim=1) == most).float().mean()})
+
+    return step
 
 
 def learning_rate(step, steps, warmup, peak, final):
@@ -195,22 +262,60 @@ def learning_rate(step, steps, warmup, peak, final):
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def make_clips(c, tube, split="train", **options):
-    """The clips of settings c. The first rank finds the videos and tells the others; all raise its UserError. The toy
-    set is not cropped, and stays in memory once it is decoded."""
+def find(c, split):
+    """The videos of a split as settings c choose them. For val a set may have test, and --limit is for training."""
+    if split == "val" and c.val:
+        return find_videos(c.val)
+    try:
+        found = find_videos(c.data, split, c.root)
+    except UserError as error:
+        if split != "val":
+            raise
+        try:
+            return find_videos(c.data, "test", c.root)
+        except UserError:
+            raise error from None
+    return found.limit(c.limit, c.seed) if c.limit and split == "train" else found
+
+
+def make_clips(c, split="train", views=None, most=None, **options):
+    """The clips of settings c: for training, or with `views`, like "5x3", for testing. most: take up to so many videos,
+    spread over the set. The first rank finds the videos and tells the others; all raise its UserError. The toy set is
+    not cropped, and stays in memory once it is decoded."""
     found = [None]
     if RANK == 0:
         try:
-            found = [find_videos(c.data, split, c.root)]
+            found = [find(c, split)]
         except UserError as error:
             found = [error]
     if WORLD > 1:
         dist.broadcast_object_list(found)
-    if isinstance(found[0], UserError):
-        raise found[0]
-    own = {name: getattr(c, name) for name in ("frames", "stride", "size", "ratio", "seed", "repeat")}
-    toy = {"cache": {}, "crop": centre_crop} if c.data == "toy" else {}
-    return Clips(found[0], **own | dict(tube=tube) | toy | options)
+    videos = found[0]
+    if isinstance(videos, UserError):
+        raise videos
+    if most:
+        videos = videos.take([i for _, i in sample(videos.paths, most)])
+    options = {name: getattr(c, name) for name in ("frames", "stride", "size", "ratio", "seed")} | dict(
+        tube=tube_of(c.model), cache=CACHE if c.data == "toy" else None) | options
+    if views:
+        times, crops = map(int, views.split("x"))
+        return Views(videos, times=times, crops=crops, sampling=c.sampling, **options)
+    if c.data == "toy":
+        options["crop"] = centre_crop
+    if c.task in TASKS:
+        options["choose"] = segment_frames if c.sampling == "segments" else dense_frames
+        options["augment"] = tuning_augmentation(c.size, c.flip == "on") if c.augment == "on" else None
+    return Clips(videos, **dict(repeat=c.repeat) | options)
+
+
+def check_labels(c, *sets):
+    """Sets c.classes. Raises UserError unless each video of the sets of clips has a label."""
+    for clips in sets:
+        without = [path for path, label in zip(clips.videos.paths, clips.videos.labels) if label < 0]
+        if without:
+            raise UserError(f"expected a label for each video with --task {c.task}, found {len(without):,} without, "
+                            f"first {without[0]}: give class folders or lines `path label`")
+    c.classes = max(SETS.get(c.data, {}).get("classes", 0), *(1 + max(clips.videos.labels) for clips in sets))
 
 
 def split_batch(c, given, clips):
@@ -239,15 +344,19 @@ def stop_requests():
             signal.signal(name, handler)
 
 
-def make_judges(c, tube):
-    """Training and validation clips for `evaluate`, if the run wants them and there are any with labels, else None."""
-    if not c.eval_every and c.data != "toy":
+def make_judge(c, model, device):
+    """What measures accuracy while training: a function, or None where it isn't wanted or can't be."""
+    if not c.eval_every and not (c.data == "toy" and c.task == "pretrain"):
         return None
     try:
-        judges = [make_clips(c, tube, split, crop=centre_crop, repeat=1) for split in ("train", "val")]
+        sets = [make_clips(c, split, "1x1", EVAL_CLIPS) for split in ("train", "val")]
     except UserError as error:
         return say(f"accuracy   not while training: {error}")
-    return judges if all(clips.videos.classes for clips in judges) else say("accuracy   not without labels")
+    if c.task in TASKS:
+        return lambda: test(model, sets[1], c, device)
+    if not all(clips.videos.classes for clips in sets):
+        return say("accuracy   not without labels")
+    return lambda encoder=model.encoder: evaluate(encoder, *sets, c, device)
 
 
 def endless(batches, order):
@@ -294,7 +403,7 @@ def read_checkpoint(path):
     for path in candidates:
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            names = ("model", "optimizer", "scaler", "step", "epoch", "seen", "rng", "config")
+            names = ("model", "optimizer", "scaler", "step", "epoch", "seen", "config")
             checkpoint = {name: checkpoint[name] for name in names}
             if problems:
                 say(f"{problems[0]}: going on from the checkpoint before, {path}, step {checkpoint['step']:,}")
@@ -318,13 +427,29 @@ def load_weights(model, weights, path):
     model.load_state_dict(weights)
 
 
-# --- Pretraining ------------------------------------------------------------------------------------------------------
+def load_encoder(model, weights, path):
+    """Puts a run's weights into a Classifier: the encoder wholly, the head too if it fits; says what is new."""
+    own = model.state_dict()
+    new = {name: value for name, value in own.items() if name.startswith(("fc_norm.", "head."))
+           and getattr(weights.get(name), "shape", None) != value.shape}
+    rest = ("decoder.", "encoder_to_decoder.", "mask_token", "prototypes", "projector.", "encoder.norm.", *new)
+    left = sorted({name.split(".")[0] for name in weights if name.startswith(rest)} - {"encoder", "head", "fc_norm"})
+    load_weights(model, {name: value for name, value in weights.items() if not name.startswith(rest)} | new, path)
+    say(f"weights    of the encoder from {path}" + f"; new: {', '.join(new)}" * bool(new) +
+        f"; left out: {', '.join(left)} and the encoder's last norm, as published" * bool(left))
 
-def pretrain(c, given, checkpoint, device):
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+def run(c, given, checkpoint, device):
     """Sets a run up, says what it is going to do and what it will cost, trains, and shows what was learned."""
-    before = checkpoint and Namespace(**checkpoint["config"])
+    before = Namespace(**checkpoint["config"]) if "resume" in given else None
+    clips, labelled = make_clips(c), c.task in TASKS
+    if labelled:
+        tests = make_clips(c, "val", c.views)
+        check_labels(c, clips, tests)
     model = make_model(c, device)
-    clips, judges = make_clips(c, model.encoder.tube), make_judges(c, model.encoder.tube)
+    judge = make_judge(c, model, device)
     if before and before.clips != len(clips):
         raise UserError(f"expected the run's {before.clips:,} videos, found {len(clips):,} in {c.data}: --resume needs "
                         "as many, --init does not")
@@ -340,33 +465,37 @@ def pretrain(c, given, checkpoint, device):
         raise UserError(f"expected enough videos for a global batch of {product}, found {len(clips)}: lower "
                         "--batch-size or --accum, or give more videos")
     c.steps, c.peak_lr = per_pass * c.epochs // c.repeat, c.lr * c.global_batch / 256
-    c.warmup_steps = int(per_pass * min(c.warmup, c.epochs / 10) / c.repeat)      # the recipe's, at most a tenth of all
+    c.warmup_steps = int(per_pass * min(c.warmup, c.epochs / 8) / c.repeat)     # the recipe's, at most an eighth of all
     parallel = DistributedDataParallel(model) if WORLD > 1 else model    # device_ids would move the masks to the GPU
+    step = make_step(parallel, c, device)
     # Measured before weights are loaded: its forward pass rounds the prototypes once more, and a run that goes on must
     # not differ from one that was never stopped. All ranks take the first one's figure.
-    cost = gather(time_batch(parallel, c, clips.grid, device))[0] * c.accum                    # seconds a step, roughly
+    cost = gather(time_batch(step, parallel, c, clips.grid, device))[0] * c.accum              # seconds a step, roughly
     place = Namespace(step=0, epoch=0, seen=0)                                # seen: videos of this pass over the data
-    if checkpoint or "init" in given:
-        path, source = (given.get("resume"), checkpoint) if checkpoint else read_checkpoint(given["init"])
-        load_weights(model, source["model"], path)
-    if checkpoint:
+    if checkpoint and labelled and not before:
+        load_encoder(model, checkpoint["model"], c.source)
+    elif checkpoint:
+        load_weights(model, checkpoint["model"], given.get("resume", c.source))
+    if before:
         place = Namespace(**{name: checkpoint[name] for name in vars(place)})
         if before.global_batch != c.global_batch:
             place.step = place.epoch * per_pass + place.seen // order.step
 
-    k, videos, left = 0 if c.target == "pixel" else len(model.prototypes), clips.videos, c.steps - place.step
+    k, videos, left = len(getattr(model, "prototypes", ())), clips.videos, c.steps - place.step
     tubes = tube_mask(1, clips.grid, c.ratio).sum().item() * c.batch_size * WORLD
     parameters, passed_over = sum(p.numel() for p in model.parameters()), len(videos.passed_over)
     for title, text in (
             ("data", f"{len(clips):,} videos in {c.data}, {videos.classes or 'no'} classes; {passed_over:,} missing or "
                      "passed over" + (f", named in {c.out}/passed_over.txt" if passed_over else "")),
-            ("model", f"{c.model}, target {c.target}, {parameters:,} parameters; clips of {c.frames} frames, "
+            ("model", f"{c.model}, {c.task if labelled else f'target {c.target}'}, {parameters:,} parameters; clips of "
+                      f"{c.frames} frames, "
                       f"{c.stride} apart, {c.size} x {c.size}: {math.prod(clips.grid):,} tubes"),
             ("batch", f"{product} clips in a step; on {device}, autocast {c.amp or 'as the device can'}"),
             ("schedule", f"{c.epochs} epochs = {c.steps:,} steps, the first {c.warmup_steps:,} of them warmup; "
                          f"learning rate {c.lr:g} x {c.global_batch} / 256 = {c.peak_lr:.3g}"),
             ("cost", f"{duration(cost * left)} for {left:,} steps of {cost:.3f} s, as measured now on random clips, if "
                      "the loader keeps up"),
+            ("protocol", labelled and protocol(c)),
             ("Sinkhorn", k and f"{tubes:,} hidden tubes at a time share {k:,} prototypes, eps {model.eps:g}: those of "
                                "one batch on all processes, not of all that is accumulated"),
             ("warning", tubes < 3 * k and "few hidden tubes for so many prototypes, some go unused: raise --batch-size "
@@ -382,11 +511,20 @@ def pretrain(c, given, checkpoint, device):
     Path(c.out).mkdir(parents=True, exist_ok=True)
     if videos.passed_over and RANK == 0:
         Path(c.out, "passed_over.txt").write_text("\n".join(videos.passed_over) + "\n")
-    if fit(model, parallel, clips, judges, order, c, checkpoint, place, given.get("max_steps"), cost, device):
-        show(model, clips, judges, c, device)
+    if not fit(model, parallel, step, clips, judge, order, c, checkpoint if before else None, place,
+               given.get("max_steps"), cost, device):
+        return
+    if labelled:
+        results = {"trained": test(model, tests, c, device)}
+    else:
+        encoders = {"untrained": make_model(c, device).encoder} if c.data == "toy" else {}
+        results = {name: judge(encoder) for name, encoder in (encoders | {"trained": model.encoder}).items() if judge}
+    report(c, results, place.step, f"{c.out}/last.pt")
+    if RANK == 0:
+        pictures(model, None if labelled else clips, c, device)
 
 
-def time_batch(parallel, c, grid, device, optimizer=None, repeat=1):
+def time_batch(step, parallel, c, grid, device, optimizer=None, repeat=1):
     """Seconds that forward and backward of one batch take, on random clips (CPUs get few); leaves no gradients."""
     gpu = device.type == "cuda"
     number = c.batch_size if gpu else min(c.batch_size, max(2, 2 ** 21 // (c.frames * c.size ** 2)))
@@ -395,7 +533,7 @@ def time_batch(parallel, c, grid, device, optimizer=None, repeat=1):
 
     def work():
         with autocast(c.amp, device):
-            loss, _ = parallel(normalise(video, device), mask)
+            loss, _ = step(video, mask, torch.zeros(number, dtype=torch.long))
         loss.backward()
         if optimizer:
             optimizer.step()
@@ -404,27 +542,21 @@ def time_batch(parallel, c, grid, device, optimizer=None, repeat=1):
     return seconds(work, device, repeat) * c.batch_size / number
 
 
-def fit(model, parallel, clips, judges, order, c, checkpoint, place, max_steps, cost, device):
+def fit(model, parallel, step, clips, judge, order, c, checkpoint, place, max_steps, cost, device):
     """The training loop, from `place` on; True when the schedule is complete.
 
     It waits for the GPU only where it writes a log line. There it also minds signals and unreadable videos.
     """
-    out, log, optimizer = Path(c.out), Path(c.out, "log.jsonl"), make_optimizer(model)
+    out, log, optimizer = Path(c.out), Path(c.out, "log.jsonl"), make_optimizer(model, c.task)
     scaler = torch.amp.GradScaler(device.type, enabled=c.amp == "fp16")
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         if checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
-        torch.set_rng_state(checkpoint["rng"]["cpu"])
-        if device.type in checkpoint["rng"].keys() - {"cpu"}:
-            torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
 
     def save():
         if RANK == 0:
-            rng = {"cpu": torch.get_rng_state()}
-            if device.type == "cuda":
-                rng["cuda"] = torch.cuda.get_rng_state()
-            write_checkpoint(out, dict(model=model.state_dict(), optimizer=optimizer.state_dict(), rng=rng,
+            write_checkpoint(out, dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
                                        scaler=scaler.state_dict(), config=vars(c), **vars(place)))
 
     if RANK == 0:                                                       # lines of steps that are going to be done again
@@ -436,28 +568,31 @@ def fit(model, parallel, clips, judges, order, c, checkpoint, place, max_steps, 
     order.epoch, order.seen = place.epoch, place.seen
     data = endless(loader(clips, order.batch, order, c.workers, device), order)
     last, every = min(c.steps, max_steps or c.steps), max(1, min(LOG_STEPS, int(LOG_SECONDS / cost)))
+    final = (LABELLED_FINAL_LR if c.task in TASKS else FINAL_LR) * c.global_batch / 256
     recent, unreadable, found, hopeless, verdicts = [], {}, {}, False, 0
     logged, saved, waited = time.monotonic(), time.monotonic(), 0.0
     with stop_requests() as stopped, tqdm(total=c.steps, initial=place.step, unit="step", disable=RANK > 0,
                                           dynamic_ncols=True) as bar:
         while place.step < last:
-            rate = learning_rate(place.step, c.steps, c.warmup_steps, c.peak_lr, FINAL_LR * c.global_batch / 256)
+            rate = learning_rate(place.step, c.steps, c.warmup_steps, c.peak_lr, final)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["scale"]
             total = 0.0
             for part in range(1, c.accum + 1):
                 asked = time.monotonic()
-                video, mask, _, _, bad = next(data)
+                video, mask, label, _, bad = next(data)
                 waited += time.monotonic() - asked
                 found |= {path: reason for sample in bad for path, reason in sample}
                 hopeless |= any(len(sample) == RETRIES for sample in bad)
+                # Random numbers (drop path, mixing) follow from the step: there is nothing to save, and ranks differ.
+                torch.manual_seed(hash((c.seed, place.step, part, RANK)) % 2 ** 63)
                 with parallel.no_sync() if WORLD > 1 and part < c.accum else nullcontext():
                     with autocast(c.amp, device):
-                        loss, stats = parallel(normalise(video, device), mask)
+                        loss, stats = step(video, mask, label)
                     scaler.scale(loss / c.accum).backward()
                 total = total + loss.detach() / c.accum
             scaler.unscale_(optimizer)
-            norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+            norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -467,8 +602,8 @@ def fit(model, parallel, clips, judges, order, c, checkpoint, place, max_steps, 
             if len(clips) - place.seen < order.step:                               # the rest is no whole step: dropped
                 place.epoch, place.seen = place.epoch + 1, 0
             bar.update(1)
-            judge = judges and c.eval_every and place.step * c.epochs // c.steps // c.eval_every > epoch // c.eval_every
-            if not (place.step % every == 0 or place.step == last or judge or (WORLD == 1 and stopped)):
+            due = judge and c.eval_every and place.step * c.epochs // c.steps // c.eval_every > epoch // c.eval_every
+            if not (place.step % every == 0 or place.step == last or due or (WORLD == 1 and stopped)):
                 continue
 
             # A log line: means over the steps since the last one, and over the ranks.
@@ -492,9 +627,9 @@ def fit(model, parallel, clips, judges, order, c, checkpoint, place, max_steps, 
                     raise RunError(f"expected a finite loss and gradient, found loss {row[0]}, norm {row[1]} at step "
                                    f"{number}: the last good checkpoint is untouched, start anew from it with --init "
                                    f"{out / 'last.pt'}, another --out and a lower --lr or --amp off")
-            if judge:
-                line |= evaluate(model.encoder, judges, c, device)
-                say(f"epoch {line['epoch']:g}: linear probe {line['linear_probe']:.1%}, k-NN {line['knn']:.1%}")
+            if due:
+                line |= (accuracies := judge())
+                say(f"epoch {line['epoch']:g}: {in_words(accuracies)}")
             verdict = place.step > c.warmup_steps and collapse(line, mask.sum().item())
             verdicts = verdicts + 1 if verdict else 0
             if verdicts == 10:                                                     # log lines in a row; it is said once
@@ -532,7 +667,7 @@ def collapse(line, tubes):
             return f"collapsed? {term} stays at {line[term]:.2f}, bad near 0 and ln K = {line['log_k']:.2f}: {advice}"
 
 
-# --- What was learned -------------------------------------------------------------------------------------------------
+# --- What was learned: numbers ----------------------------------------------------------------------------------------
 
 def sample(clips, number):
     """Keys of up to `number` clips, spread over the whole set."""
@@ -540,100 +675,305 @@ def sample(clips, number):
 
 
 @torch.no_grad()
-def pooled_features(encoder, clips, c, device):
-    """Mean over the tokens of up to EVAL_CLIPS clips, (n, D) float32 on the CPU, and their labels (n,); all ranks share
-    the work. A video that can't be read is named and has the label -1, which no prediction equals."""
-    parts = []
-    batches = loader(clips, 64, sample(clips, EVAL_CLIPS)[RANK::WORLD], c.workers, device)
-    for video, _, label, _, bad in tqdm(batches, desc="features", unit="batch", leave=False, disable=RANK > 0):
-        with autocast(c.amp, device):
-            pooled = encoder(normalise(video, device)).mean(dim=1).float().cpu()
-        parts.append((pooled, label.masked_fill(torch.tensor([len(each) > 0 for each in bad]), -1), bad))
-    features, labels, bad = zip(*[part for theirs in gather(parts) for part in theirs])
-    for path, reason in (each[0] for batch in bad for each in batch if each):
-        say(f"unreadable video {path}: {reason}; it counts as wrong")
-    return torch.cat(features), torch.cat(labels)
+def infer(forward, views, c, device):
+    """Yields (index, label, output) of each video in list order, on all ranks, which share the work.
+
+    forward: normalised clips (B, 3, T, S, S) -> (B, ...); the output is its mean over the video's views, float32 on the
+    CPU, and None for a video that can't be read, which is named.
+    """
+    batch = max(1, 64 // views.repeat) if device.type == "cuda" or c.size < 64 else 1
+    batches = iter(loader(views, batch, [(0, i) for i in range(RANK, len(views), WORLD)], c.workers, device))
+    rounds = range(math.ceil(math.ceil(len(views) / WORLD) / batch))       # alike on all ranks, also where one has less
+    for _ in tqdm(rounds, desc="evaluating", unit="batch", leave=False, disable=RANK > 0, dynamic_ncols=True):
+        rows, found = [], next(batches, None)
+        if found:
+            video, _, labels, indices, bad = found
+            with autocast(c.amp, device):
+                outputs = forward(normalise(video, device)).float().unflatten(0, (len(labels), -1)).mean(dim=1).cpu()
+            rows = list(zip(indices.tolist(), labels.tolist(), outputs, bad))
+        rows = [row for theirs in gather(rows) for row in theirs]
+        for index, label, output, bad in sorted(rows, key=lambda row: row[0]):
+            for path, reason in bad:
+                say(f"unreadable video {path}: {reason}; it counts as wrong")
+            yield index, label, None if bad else output
 
 
-def evaluate(encoder, judges, c, device):
-    """Top-1 of linear probe and k-NN on the frozen encoder. judges: clips to fit them on, clips to test them on."""
-    features = [part for clips in judges for part in pooled_features(encoder, clips, c, device)]
-    return {"linear_probe": linear_probe(*features), "knn": nearest_neighbours(*features)}
+def collect(forward, views, c, device):
+    """The outputs (n, ...) of infer for all videos and their labels (n,); -1, which no prediction equals, and zeros for
+    those that can't be read."""
+    _, labels, outputs = zip(*infer(forward, views, c, device))
+    kept = [output for output in outputs if output is not None]
+    if not kept:
+        raise UserError(f"expected videos that can be read, found none among {len(views)}: see those named above")
+    return torch.stack([torch.zeros_like(kept[0]) if out is None else out for out in outputs]), torch.tensor(labels)
 
 
-def linear_probe(train, train_labels, test, test_labels):
-    """Top-1 of ridge regression to one-hot labels from frozen features, standardised by the training set."""
-    train, train_labels = train[train_labels >= 0], train_labels[train_labels >= 0]
+def accuracy(scores, labels):
+    """Top-1 and top-5 of scores (n, classes) for labels (n,)."""
+    hits = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
+    return {"top1": hits[:, 0].float().mean().item(), "top5": hits.any(dim=1).float().mean().item(),
+            "videos": len(labels), "unreadable": int((labels < 0).sum())}
+
+
+def test(model, views, c, device):
+    """Accuracy of a Classifier; its probabilities are averaged over the views of each video, as published."""
+    model.eval()
+    found = accuracy(*collect(lambda video: model(video).softmax(dim=1), views, c, device))
+    model.train()
+    return found
+
+
+def pooled(model):
+    """The function that gives a model's features of whole clips (B, D): the mean over the encoder's tokens."""
+    return model.pooled if isinstance(model, Classifier) else lambda video: model(video).mean(dim=1)
+
+
+def evaluate(encoder, train, val, c, device):
+    """Accuracy of ridge regression and of k-NN on the frozen encoder's pooled features."""
+    features = [part for views in (train, val) for part in collect(pooled(encoder), views, c, device)]
+    return {name: accuracy(way(*features[:3]), features[3])["top1"]
+            for name, way in (("linear_probe", linear_probe), ("knn", nearest_neighbours))}
+
+
+def linear_probe(train, labels, test):
+    """Class scores of test features by ridge regression to one-hot labels on standardised features."""
+    train, labels = train[labels >= 0], labels[labels >= 0]
     mean, std = train.mean(dim=0), train.std(dim=0) + 1e-6
-    train, test, targets = (train - mean) / std, (test - mean) / std, F.one_hot(train_labels).float()
+    train, test, targets = (train - mean) / std, (test - mean) / std, F.one_hot(labels).float()
     covariance = train.T @ train + 10 * torch.eye(train.shape[1])
     weight = torch.linalg.solve(covariance, train.T @ (targets - targets.mean(dim=0)))
-    return ((test @ weight + targets.mean(dim=0)).argmax(dim=1) == test_labels).float().mean().item()
+    return test @ weight + targets.mean(dim=0)
 
 
-def nearest_neighbours(train, train_labels, test, test_labels, k=20, temperature=0.07):
-    """Top-1 of k-NN by cosine; a neighbour's vote weighs exp(cosine / temperature)."""
-    train, train_labels = train[train_labels >= 0], train_labels[train_labels >= 0]
-    cosines, index = (F.normalize(test, dim=1) @ F.normalize(train, dim=1).T).topk(min(k, len(train)), dim=1)
-    votes = torch.zeros(len(test), int(train_labels.max()) + 1)
-    votes.scatter_add_(1, train_labels[index], (cosines / temperature).exp())
-    return (votes.argmax(dim=1) == test_labels).float().mean().item()
+def nearest_neighbours(train, labels, test, k=20, temperature=0.07):
+    """Class scores of test features by k-NN: a neighbour's vote weighs exp(cosine / temperature)."""
+    train, labels = F.normalize(train[labels >= 0], dim=1), labels[labels >= 0]
+    votes = torch.zeros(len(test), int(labels.max()) + 1)
+    for some, theirs in zip(F.normalize(test, dim=1).split(1024), votes.split(1024)):       # all at once are too many
+        cosines, index = (some @ train.T).topk(min(k, len(train)), dim=1)
+        theirs.scatter_add_(1, labels[index], (cosines / temperature).exp())
+    return votes
+
+
+def protocol(c):
+    """How the numbers of a run come about, in a line."""
+    if c.task == "pretrain":
+        return (f"top-1, frozen encoder, mean over tokens, one view of each of at most {EVAL_CLIPS:,} clips; linear "
+                "probe: ridge regression on standardised features; k-NN: cosine, k = 20, temperature 0.07")
+    if c.task == "knn":
+        return "k-NN, no training: cosine, k = 20, votes exp(cosine / 0.07); mean over the tokens of one centre view"
+    return ("linear probe: encoder frozen, LayerNorm and linear layer on the mean over tokens" if c.task == "probe" else
+            f"fine-tuning: all weights, layer-wise lr decay {LAYER_DECAY}, drop path {DROP_PATH}") + (
+        f"; {c.epochs} epochs, lr {c.lr:g} x {c.global_batch} / 256, label smoothing {SMOOTHING}, " +
+        ("RandAugment, mixup, cutmix, erasing" if c.augment == "on" else "no augmentation") +
+        f", flip {c.flip if c.augment == 'on' else 'off'}, {c.sampling} frames; tested on {c.views} views")
+
+
+def in_words(results):
+    names = {"top1": "top-1", "top5": "top-5", "linear_probe": "linear probe", "knn": "k-NN"}
+    return ", ".join(f"{names.get(name, name)} {value:.1%}" if isinstance(value, float) else f"{value:,} {name}"
+                     for name, value in results.items())
+
+
+def report(c, results, step, checkpoint):
+    """Writes named accuracies with how they came about to the screen, results.json and log.jsonl."""
+    about = dict(task=c.task, data=c.data, val=c.val, checkpoint=checkpoint, step=step, views=c.views,
+                 protocol=protocol(c))
+    for name, found in results.items():
+        say(f"{name:13}{in_words(found)}")
+    if RANK == 0:
+        if results:
+            say(f"{about['protocol']}; {c.val or c.data}, weights {checkpoint}")
+            with open(Path(c.out, "log.jsonl"), "a") as file:
+                file.write(json.dumps(about | results) + "\n")
+        Path(c.out, "results.json").write_text(json.dumps(results | about | {"config": vars(c)}, indent=2) + "\n")
+        say(f"wrote {Path(c.out, 'results.json')}")
+
+
+def use(c, checkpoint, device):
+    """The tasks without training: knn, features, show."""
+    weights, out = checkpoint["model"] if checkpoint else {}, Path(c.out)
+    c.classes = len(weights["head.bias"]) if "fc_norm.weight" in weights else None
+    if c.classes and c.task == "show":
+        raise UserError(f"expected the checkpoint of a pretraining run, found a classifier in {c.source}: only "
+                        "pretraining has prototypes to show")
+    model = make_model(c, device).eval()
+    if weights:
+        load_weights(model, weights, c.source)
+    out.mkdir(parents=True, exist_ok=True)
+    encoder = model if c.classes else model.encoder
+    if c.task == "show":
+        clips = make_clips(c, c.split)
+        return pictures(model, clips, c, device) if RANK == 0 else None
+    if c.task == "knn":
+        sets = [make_clips(c, split, c.views) for split in ("train", "val")]
+        check_labels(c, *sets)
+        train, labels, tests, truth = [part for views in sets for part in collect(pooled(encoder), views, c, device)]
+        return report(c, {"knn": accuracy(nearest_neighbours(train, labels, tests), truth)}, 0, c.source)
+    forward = (lambda video: model.encoder(video)) if c.tokens else pooled(encoder)
+    write_features(forward, make_clips(c, c.split, c.views), c, device)
+
+
+def write_features(forward, views, c, device):
+    """Writes out/features.pt: features (n, D), or (n, N, D) of each tube, paths, labels, of the n videos that can be
+    read, in list order. Never holds all features in memory."""
+    out, paths, labels = Path(c.out), [], []
+    draft = out / "features.unfinished"
+    with open(draft, "wb") if RANK == 0 else nullcontext() as file:
+        for index, label, output in infer(forward, views, c, device):
+            if output is not None and RANK == 0:
+                paths.append(views.videos.paths[index])
+                labels.append(label)
+                file.write(output.numpy().tobytes())
+                shape = output.shape
+    if RANK == 0:
+        if not paths:
+            raise UserError(f"expected videos that can be read, found none among {len(views)}: see those named above")
+        features = torch.from_file(str(draft), size=len(paths) * shape.numel()).view(-1, *shape)         # not in memory
+        torch.save({"features": features, "paths": paths, "labels": torch.tensor(labels), "config": vars(c)},
+                   out / "features.pt")
+        draft.unlink()
+        say(f"wrote {out / 'features.pt'}: {tuple(features.shape)} of {len(views):,} videos")
+
+
+# --- What was learned: pictures ---------------------------------------------------------------------------------------
+
+COLOURS = torch.tensor([[230, 25, 75], [60, 180, 75], [255, 225, 25], [0, 130, 200], [245, 130, 48], [145, 30, 180],
+                        [70, 240, 240], [250, 190, 212]], dtype=torch.uint8)
+
+
+def pictures(model, clips, c, device):
+    """Writes what can be seen of a run into its folder. clips: pretraining's, or None for a Classifier."""
+    out = Path(c.out)
+    written = draw_curve(out / "curve.png", out / "log.jsonl")
+    if clips:
+        written += show_masks(out / "masks.png", clips)
+        written += show_components(out / "components.png", model.encoder, clips, device)
+    if clips and c.target != "pixel":
+        written += show_prototypes(out / "prototypes.png", model, clips, device)
+        written += show_clusters(out / "clusters.png", out / "clusters.mp4", model, clips, device)
+    say("wrote " + ", ".join(map(str, written)))
 
 
 def picture(path, rows, height):
     """Writes rows (r, n, 3, h, w) uint8 of images as one PNG, each image `height` pixels high."""
     images = F.interpolate(rows.flatten(0, 1).float(), scale_factor=height / rows.shape[-2], mode="nearest-exact")
     save_image(images / 255, path, nrow=rows.shape[1], padding=2, pad_value=1)
-    return path
+    return [path]
+
+
+def paint(values, clips):
+    """One clip's values of tubes (N, C) as pixels (C, T, S, S)."""
+    values = values.view(*clips.grid, -1).movedim(-1, 0)
+    for axis, step in enumerate(clips.tube, start=1):
+        values = values.repeat_interleave(step, dim=axis)
+    return values
+
+
+def strip(path, pairs):
+    """Writes pairs of clips (3, T, S, S) as PNG: up to eight frames of each, one clip below the other."""
+    rows = [clip[:, ::max(1, clip.shape[1] // 8)].movedim(1, 0) for pair in pairs for clip in pair]
+    return picture(path, torch.stack(rows), height=96)
 
 
 def show_masks(path, clips):
-    """Three clips, up to eight frames of each, and below each the same with its hidden tubes in grey."""
-    rows = []
-    for videos, masks, *_ in map(clips.__getitem__, sample(clips, 3)):
-        hidden = masks[0].view(1, *clips.grid)
-        for axis, step in enumerate(clips.tube, start=1):
-            hidden = hidden.repeat_interleave(step, dim=axis)                                                 # 1 T S S
-        for frames in (videos[0], videos[0].masked_fill(hidden, 128)):
-            rows.append(frames[:, ::max(1, frames.shape[1] // 8)])
-    return picture(path, torch.stack(rows).transpose(1, 2), height=96)
+    """Three clips, and below each the same with its hidden tubes in grey."""
+    return strip(path, [(video[0], video[0].masked_fill(paint(mask[0], clips), 128))
+                        for video, mask, *_ in map(clips.__getitem__, sample(clips, 3))])
+
+
+@torch.no_grad()
+def show_components(path, encoder, clips, device):
+    """Three clips, and below each its tokens: their first three principal components as red, green and blue."""
+    videos = torch.stack([clips[key][0][0] for key in sample(clips, 3)])
+    tokens = torch.cat([encoder(normalise(video[None], device)).cpu() for video in videos])                      # 3 N D
+    flat = tokens.flatten(0, 1) - tokens.mean(dim=(0, 1))
+    parts = flat @ torch.linalg.svd(flat, full_matrices=False).Vh[:3].T
+    low, high = parts.quantile(0.02, dim=0), parts.quantile(0.98, dim=0)
+    colours = ((parts - low) / (high - low + 1e-6)).clamp(0, 1).mul(255).byte().view(len(videos), -1, 3)
+    return strip(path, [(video, paint(colour, clips)) for video, colour in zip(videos, colours)])
+
+
+def nearest_prototypes(model, video, device):
+    """For all tubes of clips (B, 3, T, S, S) uint8: cosine to the nearest prototype and its number, (B, N) each, as the
+    projection network sees them."""
+    everything = torch.arange(math.prod(video.shape[2:]) // math.prod(model.encoder.tube), device=device)
+    features = model.embed(normalise(video, device), everything.expand(len(video), -1))                          # B N E
+    return [part.view(features.shape[:2]).cpu() for part in model.compare(features, features)[1].max(dim=1)]
 
 
 @torch.no_grad()
 def show_prototypes(path, model, clips, device, number=12, nearest=8):
     """For some prototypes, from much to little used, a row of the real tubes nearest to it, from different clips."""
-    tubes, best, places, use = [], [], [], 0
+    found = []
     for video, *_ in loader(clips, 8, sample(clips, 256), workers=0):
-        tubes.append(take_tubes(video, clips.tube))                                                       # b N 3 p q r
-        everything = torch.arange(tubes[-1].shape[1], device=device).expand(len(video), -1)
-        features = model.embed(normalise(video, device), everything)                                            # b N E
-        scores = model.compare(features, features)[1].view(*features.shape[:2], -1).cpu()                       # b N K
-        use = use + scores.argmax(dim=2).flatten().bincount(minlength=scores.shape[2])
-        for values, kept in zip(scores.max(dim=1), (best, places)):                      # each clip's nearest tube: b K
-            kept.append(values)
-    tubes, best, places = torch.cat(tubes), torch.cat(best), torch.cat(places)
-    chosen = use.argsort(descending=True)[torch.linspace(0, int((use > 0).sum()) - 1, number).long()]
-    clip = best[:, chosen].topk(min(nearest, len(best)), dim=0).indices                        # nearest clips: n number
-    found = tubes[clip, places[:, chosen].gather(0, clip)]                                      # n number 3 p q r
-    return picture(path, rearrange(found, "n k c p q r -> k n c q (p r)"), height=48)
+        found.append((take_tubes(video, clips.tube), *nearest_prototypes(model, video, device)))
+    tubes, cosine, prototype = (torch.cat(parts) for parts in zip(*found))                         # m N 3 p q r and m N
+    use = prototype.flatten().bincount(minlength=len(model.prototypes))
+    rows = []
+    used = int((use > 0).sum())
+    for k in use.argsort(descending=True)[torch.linspace(0, used - 1, min(number, used)).long()]:
+        best, place = cosine.masked_fill(prototype != k, -1).max(dim=1)                                # in each clip: m
+        clip = best.topk(min(nearest, len(best))).indices
+        shown = tubes[clip, place[clip]] * (best[clip] > -1)[:, None, None, None, None]         # black: no more of them
+        rows.append(rearrange(shown, "n c p q r -> n c q (p r)"))
+    return picture(path, torch.stack(rows), height=48)
 
 
-def show(model, clips, judges, c, device):
-    """Linear probe and k-NN, on the toy set of the untrained encoder too; results.json; pictures."""
-    out, results = Path(c.out), {"config": vars(c)}
-    encoders = {"untrained": make_model(c, device).encoder} if c.data == "toy" else {}
-    for name, encoder in (encoders | {"trained": model.encoder}).items() if judges else ():
-        results[name] = evaluate(encoder, judges, c, device)
-        say(f"{name:13}linear probe {results[name]['linear_probe']:.1%}, k-NN {results[name]['knn']:.1%}")
-    if RANK == 0:
-        results["protocol"] = ("top-1 on validation clips; frozen encoder, mean over tokens, one view of each of at "
-                               f"most {EVAL_CLIPS:,} clips; probe: ridge regression; k-NN: cosine, k = 20, "
-                               "temperature 0.07")
-        (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        files = [out / "last.pt", out / "log.jsonl", out / "results.json", show_masks(out / "masks.png", clips)]
-        if c.target != "pixel":
-            files.append(show_prototypes(out / "prototypes.png", model, clips, device))
-        say(results["protocol"] * (len(results) > 2) + "\nwrote " + ", ".join(map(str, files)))
+@torch.no_grad()
+def group_prototypes(prototypes, members, number=8, rounds=20):
+    """Groups unit vectors (K, E) by spherical k-means into `number` groups: the group of each, (K,). members: those
+    that are in use; the first centre is the first of them, each next one the farthest from those before."""
+    used = prototypes[members]
+    centres = used[:1]
+    while len(centres) < min(number, len(used)):
+        centres = torch.cat([centres, used[(used @ centres.T).amax(dim=1).argmin()][None]])
+    for _ in range(rounds):
+        group = (used @ centres.T).argmax(dim=1)
+        centres = F.normalize(torch.zeros_like(centres).index_add_(0, group, used), dim=1)
+    return (prototypes @ centres.T).argmax(dim=1)
+
+
+@torch.no_grad()
+def show_clusters(path, film, model, clips, device):
+    """Three clips, and below each (in the film: beside it) the same with each tube in the colour of its prototype."""
+    videos = torch.stack([clips[key][0][0] for key in sample(clips, 3)])
+    prototype = torch.cat([nearest_prototypes(model, video[None], device)[1] for video in videos])
+    group = group_prototypes(F.normalize(model.prototypes.cpu(), dim=1), prototype.unique())
+    pairs = [(video, video // 3 + paint(COLOURS[group[tubes]], clips) // 3 * 2)
+             for video, tubes in zip(videos, prototype)]
+    frames = torch.cat([torch.cat(pair, dim=3) for pair in pairs], dim=1).movedim(0, 1).float()             # 3T 3 S 2S
+    frames = F.interpolate(frames, scale_factor=max(1, 224 // clips.size), mode="nearest-exact")
+    write_video(film, frames.byte().movedim(1, 3))
+    return strip(path, pairs) + [film]
+
+
+def draw_curve(path, log):
+    """Writes the terms of the loss over the steps of a log beside ln K as PNG, if there are any."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    lines = [line for line in lines if "loss" in line]
+    if len(lines) < 2:
+        return []
+    names = [name for name in ("target_term", "video_term", "log_k") if name in lines[0]] or ["loss"]
+    image, left = torch.full((3, 320, 640), 255, dtype=torch.uint8), 8
+    height, width = image.shape[1] - 40, image.shape[2] - 2 * left
+    steps = torch.tensor([line["step"] for line in lines], dtype=torch.float64)
+    curves = torch.tensor([[line[name] for line in lines] for name in names], dtype=torch.float64)
+    at = torch.linspace(steps[0], steps[-1], width, dtype=torch.float64)
+    after = torch.searchsorted(steps, at).clamp(1, len(steps) - 1)
+    curves = curves[:, after - 1].lerp(curves[:, after], (at - steps[after - 1]) / (steps[after] - steps[after - 1]))
+    rows = ((1 - curves / (1.05 * curves.max())).clamp(0, 1) * height).long().tolist()
+    for colour, row in zip(COLOURS, rows):
+        for x, (a, b) in enumerate(zip(row, row[1:]), start=left):
+            image[:, min(a, b):max(a, b) + 2, x] = colour[:, None]
+    image[:, height, left:-left] = 0                                                                # loss 0: the bottom
+    texts = [f"{name.replace('log_k', 'ln K')} {lines[-1][name]:.2f}" for name in names]
+    texts.append(f"steps {steps[0]:.0f} to {steps[-1]:.0f}")
+    boxes = torch.tensor([[10 + 150 * i, height + 12, 18 + 150 * i, height + 20] for i in range(len(texts))])
+    colours = [tuple(colour.tolist()) for colour in COLOURS[:len(names)]] + [(0, 0, 0)]
+    image = draw_bounding_boxes(image, boxes, [f"     {text}" for text in texts], colors=colours, fill=True)
+    save_image(image / 255, path)
+    return [path]
 
 
 # --- Benchmark --------------------------------------------------------------------------------------------------------
@@ -685,7 +1025,7 @@ def bench(c, given, device):
     """Prints how fast the loader, a training step and Sinkhorn are on this machine. Trains nothing, writes no run."""
     model, rows, loading = make_model(c, device), [], None
     try:
-        clips = make_clips(c, model.encoder.tube, cache=None)
+        clips = make_clips(c, cache=None)
         loading, naive = time_loading(clips)
         rows.append(("loader, one core", f"{loading:,.1f} clips/s", f"{c.data}, {c.frames} x {c.size} x {c.size}, "
                      f"repeat {c.repeat}; {loading / naive:.1f} times naive PyAV's {naive:,.1f}"))
@@ -704,7 +1044,8 @@ def bench(c, given, device):
         build_model(c.model, target=c.target).to(device)(
             torch.zeros(1, 3, c.frames, c.size, c.size, device=device), mask)[0].backward()
     work = counter.get_total_flops()
-    training = c.batch_size / time_batch(model, c, grid, device, make_optimizer(model), repeat=5)    # clips a second
+    training = c.batch_size / time_batch(make_step(model, c, device), model, c, grid, device, make_optimizer(model),
+                                         repeat=5)                                                     # clips a second
     rows.append(("training step", f"{training:,.2f} clips/s", f"{c.model}, {c.target}, batch {c.batch_size}, "
                  f"{str(large.dtype).removeprefix('torch.')}"))
     rows += [("arithmetic", f"{work / 1e9:,.2f} GFLOP/clip", "forward and backward, matrix products"),
@@ -738,6 +1079,8 @@ def main(argv=None):
         c = Namespace(**config)
         if "bench" in given and WORLD > 1:
             raise UserError(f"expected --bench in one process, found {WORLD}: run it without torchrun")
+        if "bench" in given and c.task != "pretrain":
+            raise UserError(f"expected --bench with --task pretrain, found {c.task}: leave one of them out")
         device = set_up()
         if c.data == "toy":
             if RANK == 0:
@@ -745,8 +1088,10 @@ def main(argv=None):
             gather(None)                                                        # the others wait until it is there
         if "bench" in given:
             bench(c, given, device)
+        elif c.task in ("pretrain", *TASKS):
+            run(c, given, checkpoint, device)
         else:
-            pretrain(c, given, checkpoint, device)
+            use(c, checkpoint, device)
         return 0
     except (UserError, RunError, OSError, RuntimeError) as error:
         known = {"DataLoader worker": "a loader worker was killed, often for want of memory: lower --workers",
