@@ -84,8 +84,8 @@ SETS = {
                               layout="<class>/*.avi with testTrainMulti_7030_splits/<class>_test_split1.txt"),
     "toy": dict(videos=8192, classes=8, stride=1, epochs=20, eps=0.03, global_batch=64, frames=8, size=32, ratio=0.75,
                 batch_size=64, lr=6e-3, warmup=1, workers=0, flip="off", layout="{train,val}/<class>/*.mp4",
-                finetune=dict(epochs=20, batch_size=64, lr=4e-3, warmup=1, views="1x1", augment="off"),
-                probe=dict(epochs=10, batch_size=64, lr=4e-3, warmup=1, views="1x1", augment="off")),
+                finetune=dict(epochs=10, batch_size=64, lr=4e-3, warmup=1, views="1x1", augment="off"),
+                probe=dict(epochs=5, batch_size=64, lr=4e-3, warmup=1, views="1x1", augment="off")),
 }
 SPLITS = ("train", "val", "test")
 

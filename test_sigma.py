@@ -1501,3 +1501,13 @@ def test_each_python_snippet_of_the_readme_runs_and_prints_what_it_says(here):
             exec(snippet, {})
         said = re.findall(r"^print\(.*\) +# (.*)$", snippet, re.M)
         assert said and text.getvalue().splitlines() == said
+
+
+def test_each_evaluation_command_of_the_readme_runs(here):
+    assert train.main(["--max-steps", "2", "--batch-size", "16", "--out", "out/toy-tiny-mlp-readme"]) == 0
+    readme = (HERE / "README.md").read_text()
+    commands = re.findall(r"^python train.py (--task .*--init out/toy-tiny-mlp.*)$", readme, re.M)
+    assert [command.split()[1] for command in commands] == ["knn", "probe", "finetune", "finetune", "features", "show"]
+    for i, command in enumerate(commands):
+        words = command.replace("out/toy-tiny-mlp", "out/toy-tiny-mlp-readme").replace("819", "16").split()
+        assert train.main([*words, "--epochs", "1", "--batch-size", "16", "--out", f"out/readme-{i}"]) == 0, command
