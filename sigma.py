@@ -376,7 +376,8 @@ class Classifier(nn.Module):
     """The encoder with a classifier, for fine-tuning and linear probes: mean over all tokens, LayerNorm, linear layer.
 
     As published the LayerNorm stands behind the mean, in place of the encoder's last one, and the head starts near 0.
-    encoder: an Encoder, which it takes over. drop_path: of the last block; it grows linearly from 0 in the first.
+    encoder: an Encoder, which it takes over. drop_path: of the last block; it grows linearly from 0 in the first. The
+    names of its weights are those of the published fine-tuned models, with "encoder." before the encoder's.
     """
 
     def __init__(self, encoder, classes, drop_path=0.0):

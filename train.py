@@ -266,16 +266,16 @@ def find(c, split):
     """The videos of a split as settings c choose them. For val a set may have test, and --limit is for training."""
     if split == "val" and c.val:
         return find_videos(c.val)
-    try:
+    if split != "val":
         found = find_videos(c.data, split, c.root)
-    except UserError as error:
-        if split != "val":
-            raise
+        return found.limit(c.limit, c.seed) if c.limit and split == "train" else found
+    reasons = []
+    for name in ("val", "test"):
         try:
-            return find_videos(c.data, "test", c.root)
-        except UserError:
-            raise error from None
-    return found.limit(c.limit, c.seed) if c.limit and split == "train" else found
+            return find_videos(c.data, name, c.root)
+        except UserError as error:
+            reasons.append(error)
+    raise UserError(f"{reasons[0]}; or say with --val which folder or list to test on")
 
 
 def make_clips(c, split="train", views=None, most=None, **options):
@@ -348,12 +348,12 @@ def make_judge(c, model, device):
     """What measures accuracy while training: a function, or None where it isn't wanted or can't be."""
     if not c.eval_every and not (c.data == "toy" and c.task == "pretrain"):
         return None
+    if c.task in TASKS:
+        return lambda views=make_clips(c, "val", "1x1", EVAL_CLIPS): test(model, views, c, device)
     try:
         sets = [make_clips(c, split, "1x1", EVAL_CLIPS) for split in ("train", "val")]
     except UserError as error:
         return say(f"accuracy   not while training: {error}")
-    if c.task in TASKS:
-        return lambda: test(model, sets[1], c, device)
     if not all(clips.videos.classes for clips in sets):
         return say("accuracy   not without labels")
     return lambda encoder=model.encoder: evaluate(encoder, *sets, c, device)
@@ -576,7 +576,7 @@ def fit(model, parallel, step, clips, judge, order, c, checkpoint, place, max_st
         while place.step < last:
             rate = learning_rate(place.step, c.steps, c.warmup_steps, c.peak_lr, final)
             for group in optimizer.param_groups:
-                group["lr"] = rate * group["scale"]
+                group["lr"] = rate * group.get("scale", 1)
             total = 0.0
             for part in range(1, c.accum + 1):
                 asked = time.monotonic()
@@ -694,7 +694,7 @@ def infer(forward, views, c, device):
         rows = [row for theirs in gather(rows) for row in theirs]
         for index, label, output, bad in sorted(rows, key=lambda row: row[0]):
             for path, reason in bad:
-                say(f"unreadable video {path}: {reason}; it counts as wrong")
+                say(f"unreadable video {path}: {reason}")
             yield index, label, None if bad else output
 
 
@@ -852,7 +852,8 @@ def pictures(model, clips, c, device):
     if clips and c.target != "pixel":
         written += show_prototypes(out / "prototypes.png", model, clips, device)
         written += show_clusters(out / "clusters.png", out / "clusters.mp4", model, clips, device)
-    say("wrote " + ", ".join(map(str, written)))
+    if written:
+        say("wrote " + ", ".join(map(str, written)))
 
 
 def picture(path, rows, height):
