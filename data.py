@@ -36,7 +36,6 @@ import torch.nn.functional as F
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transform
@@ -113,7 +112,7 @@ class Videos:
 
     def take(self, indices):
         """Those at the indices alone."""
-        return Videos([self.paths[i] for i in indices], [self.labels[i] for i in indices])
+        return Videos([self.paths[i] for i in indices], [self.labels[i] for i in indices], self.passed_over)
 
     def limit(self, number, seed):
         """A random choice of `number` videos in which the classes have equal shares, or differ by one video."""
@@ -290,10 +289,12 @@ def view_frames(n, frames, stride, views, sampling):
 def still(path, choose):
     """An image as a video of one frame, (n, 3, H, W) uint8: as many copies as choose asks for."""
     try:
-        image = decode_image(path, ImageReadMode.RGB)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise VideoError(f"it can't be read: {str(error).splitlines()[0]}") from None
-    return image.expand(len(choose(1)), -1, -1, -1)
+        with open(path, "rb") as file, av.open(file) as container:      # a path with % would be taken for many images
+            frame = next(container.decode(video_stream(container)))
+            image = torch.from_numpy(scaled(frame, frame.width, frame.height, "rgb24").to_ndarray())
+    except (av.FFmpegError, OSError, ValueError, IndexError, StopIteration) as error:
+        raise VideoError(f"it can't be read: {getattr(error, 'strerror', None) or error}") from None
+    return image.permute(2, 0, 1).expand(len(choose(1)), -1, -1, -1)
 
 
 def decode(path, choose, indices=None):

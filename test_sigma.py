@@ -1192,6 +1192,14 @@ def test_mixed_labels_still_sum_to_one_and_mixed_clips_stay_clips(monkeypatch):
     assert any(((target > 0.01) & (target < 0.99)).any() for target in seen)
 
 
+def test_each_of_a_video_s_clips_has_its_label_and_without_augmentation_is_left_as_it_is(monkeypatch):
+    c, seen = argparse.Namespace(task="finetune", classes=7, augment="off"), []
+    monkeypatch.setattr(train.F, "cross_entropy", lambda logits, target, **_: seen.append(target) or logits.sum())
+    video = torch.randint(256, (6, 3, 4, 16, 16), dtype=torch.uint8)
+    train.make_step(lambda x: seen.append(x) or x[:, 0, 0, 0, :7], c, "cpu")(video, None, torch.tensor([3, 5, 1]))
+    assert torch.equal(seen[0], normalise(video, "cpu")) and seen[1].tolist() == [3, 3, 5, 5, 1, 1]
+
+
 def test_fine_tuning_takes_frames_evenly_from_a_window_or_one_from_each_segment():
     for n in (65, 300):
         starts = set()
@@ -1354,13 +1362,14 @@ def test_a_limited_set_has_equal_classes_and_is_the_same_for_one_seed():
 
 
 def test_folders_of_images_are_clips_that_stand_still(tmp_path, here, capsys):
-    for i, name in enumerate(("train/cat/0.png", "train/dog/1.png", "test/cat/2.png", "test/dog/3.png")):
+    image = torch.rand(3, 20, 24)
+    for name in ("train/cat/0%03d.png", "train/dog/1.jpg", "test/cat/2.png", "test/dog/3.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        train.save_image(torch.rand(3, 20, 24), tmp_path / name)
+        train.save_image(image, tmp_path / name)
     found = find_videos(str(tmp_path))
-    assert found.labels == [0, 1] and found.paths[0].endswith("0.png")
+    assert found.labels == [0, 1] and found.paths[0].endswith("0%03d.png")
     frames = decode(found.paths[0], lambda n: [0] * 8)
-    assert n_frames_equal(frames) and frames.shape == (8, 3, 20, 24)
+    assert frames.shape == (8, 3, 20, 24) and (frames / 255 - image).abs().max() < 0.01
     assert train.main(["--task", "finetune", "--data", str(tmp_path), "--model", "tiny", "--epochs", "1", "--workers",
                        "0", "--out", "images"]) == 0                                                    # test as val
     assert json.loads(Path("images/results.json").read_text())["trained"]["videos"] == 2
