@@ -6,6 +6,7 @@ Paper: Salehi, Dorkenwald, Thoker, Gavves, Snoek, Asano, ECCV 2024, arXiv 2407.1
     video = torch.randn(2, 3, 16, 224, 224)                     # normalised with ImageNet's mean and deviation
     loss, stats = model(video, tube_mask(2, (8, 14, 14)))       # pretrain: 90% of the tubes are hidden
     features = model.encoder(video)                             # use: (2, 1568, 768), one token for each tube
+    model = load_model("checkpoint.pth")                        # published weights, or a run's: see load_model
 
 `python sigma.py` walks one clip through the method and prints each step. The parts stand in order, small to large;
 each can be copied together with the parts it names. `tube_mask`, `sinkhorn` and `symmetric_loss` need torch alone.
@@ -13,8 +14,12 @@ each can be copied together with the parts it names. `tube_mask`, `sinkhorn` and
 Shapes    B clips of 3 x T x H x W pixels    N tubes of a clip = V visible + M hidden    P pixel values of a tube
           D width of the tokens              E width of features and prototypes          K prototypes
 """
+import argparse
+import json
 import math
+import re
 from functools import cache
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,6 +27,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -170,12 +176,12 @@ def run(blocks, x, recompute):
 class Encoder(nn.Module):
     """ViT on space-time tubes. Without a mask it embeds all tubes; with one, it never touches the hidden ones."""
 
-    def __init__(self, *, dim, depth, heads, tube=(2, 16, 16)):
+    def __init__(self, *, dim, depth, heads, tube=(2, 16, 16), norm=True):
         super().__init__()
         self.tube, self.dim, self.recompute = tuple(tube), dim, False
         self.patch_embed = TubeEmbedding(dim, self.tube)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = nn.LayerNorm(dim, eps=1e-6) if norm else nn.Identity()
         init_linear(self)
 
     def forward(self, video, mask=None):
@@ -220,6 +226,84 @@ def projector(pixels, dim, widths=(1024, 1024, 512)):
         layers += [nn.Linear(pixels, width), nn.GELU()]
         pixels = width
     return nn.Sequential(*layers, nn.Linear(pixels, dim))
+
+
+class Teacher(nn.Module):
+    """The projection network of SIGMA-DINO: a frozen image ViT on each tubelet's first frame (paper, method section).
+
+    vit: torchvision's, with as many patches in a row as a frame has tubes; frames are resized to fit, which the default
+    clip needs not. It is no part of SIGMA, so it is in no checkpoint and no optimiser; it never trains.
+    """
+
+    def __init__(self, vit, tube):
+        super().__init__()
+        self.vit, self.frames, self.dim = vit, tube[0], vit.hidden_dim
+        self.requires_grad_(False).eval()
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, video):
+        """video (B, 3, T, H, W), normalised -> the patch tokens of the last LayerNorm, (B, N, E) in (t h w) order.
+
+        In float32 whatever the autocast, and without TF32: no one has shown that less would do.
+        """
+        side, patch, precision = self.vit.image_size, self.vit.patch_size, torch.get_float32_matmul_precision()
+        frames = rearrange(video[:, :, ::self.frames], "b c t h w -> (b t) c h w").to(self.vit.class_token.dtype)
+        if frames.shape[-2:] != (side, side):
+            frames = F.interpolate(frames, (side, side), mode="bilinear", antialias=True)
+        torch.set_float32_matmul_precision("highest")
+        try:
+            with torch.autocast(video.device.type, enabled=False):
+                patches = rearrange(frames, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch)
+                x = F.linear(patches, self.vit.conv_proj.weight.flatten(1), self.vit.conv_proj.bias)
+                x = torch.cat([self.vit.class_token.expand(len(x), -1, -1), x], dim=1)
+                x = self.vit.encoder(x)[:, 1:]                                               # without the class token
+        finally:
+            torch.set_float32_matmul_precision(precision)
+        return rearrange(x, "(b t) n e -> b (t n) e", b=len(video))
+
+
+DINO = {                    # width, published weights, the beginning of their SHA-256 (of the small ones none is known)
+    "dino": (768, "https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
+             "bf34ad0f424b9029"),
+    "dino-s": (384, "https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth", ""),
+}
+DINO_NAMES = (("cls_token", "class_token"), ("pos_embed", "encoder.pos_embedding"), ("patch_embed.proj", "conv_proj"),
+              ("blocks.", "encoder.layers.encoder_layer_"), ("norm1", "ln_1"), ("norm2", "ln_2"),
+              ("attn.qkv.", "self_attention.in_proj_"), ("attn.proj", "self_attention.out_proj"),
+              ("mlp.fc1", "mlp.0"), ("mlp.fc2", "mlp.3"), ("norm.", "encoder.ln."))              # DINO's, torchvision's
+
+
+def download_dino(name="dino"):
+    """DINO's published weights, name in DINO, from torch's cache or its address; no code. The hash of a download is
+    checked. Raises OSError or RuntimeError if that fails."""
+    _, url, digits = DINO[name]
+    file = Path(url).stem + f"-{digits}" * bool(digits) + ".pth"                           # torch checks what it says
+    return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=bool(digits), file_name=file,
+                                              weights_only=True)
+
+
+def load_teacher(weights, grid, tube, heads=None):
+    """A Teacher from DINO's weights for clips of grid = (t, h, w) tubes. Its positions are interpolated to h x w.
+
+    Width, depth and patch size are read off the weights, heads are 64 wide as all of DINO's. Raises WeightsError.
+    """
+    if grid[1] != grid[2]:
+        raise WeightsError(f"expected as many tubes down as across for DINO, found {grid[1]} x {grid[2]}: take square "
+                           "clips and tubes")
+    weights = {name: value for name, value in weights.items() if not name.startswith("head.")}    # of its own training
+    differ = [name for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
+              if name not in weights]
+    if differ:
+        raise WeightsError(f"expected a ViT with DINO's names as teacher, found no {', '.join(differ)}: give the file "
+                           "of the backbone alone")
+    (width, _, patch, _), depth = weights["patch_embed.proj.weight"].shape, blocks_in(weights, "blocks.")
+    vit = VisionTransformer(image_size=patch * grid[1], patch_size=patch, num_layers=depth, hidden_dim=width,
+                            num_heads=heads or max(1, width // 64), mlp_dim=len(weights["blocks.0.mlp.fc1.weight"]))
+    vit.heads = nn.Identity()
+    return Teacher(fill(vit, interpolate_embeddings(patch * grid[1], patch, renamed(weights, DINO_NAMES))), tube)
 
 
 def at_least_fp32(x):
@@ -286,24 +370,28 @@ def usage(assignment, k):
 
 # --- SIGMA ------------------------------------------------------------------------------------------------------------
 
+TARGETS = ("mlp", "pixel", *DINO)
+
+
 class SIGMA(nn.Module):
     """The two networks, the prototypes between them, and the loss.
 
-    target, what the projection network sees: "mlp" (the hidden tubes' pixels, through a trained MLP), "dino" (features
-    that come from outside, `target_dim` wide, no trained projector) or "pixel" (VideoMAE: regress the pixels, no
-    prototypes). eps, iters: Sinkhorn's. temperature: of the cross-entropies. Initialisation as published.
+    target, what the projection network sees: "mlp" (the hidden tubes' pixels, through a trained MLP), "dino", "dino-s"
+    (features of a Teacher, `target_dim` wide, no trained projector) or "pixel" (VideoMAE: regress the pixels, no
+    prototypes). eps, iters: Sinkhorn's. temperature: of the cross-entropies. norm: whether the encoder ends with its
+    LayerNorm. Initialisation as published.
     """
 
     def __init__(self, *, dim, depth, heads, decoder_dim, decoder_depth, decoder_heads, tube=(2, 16, 16), target="mlp",
                  target_dim=256, prototypes=3000, eps=0.05, iters=10, temperature=0.1,
-                 projector_widths=(1024, 1024, 512)):
+                 projector_widths=(1024, 1024, 512), norm=True):
         super().__init__()
-        if target not in ("mlp", "dino", "pixel"):
-            raise ValueError(f'target must be "mlp", "dino" or "pixel", found "{target}"')
+        if target not in TARGETS:
+            raise ValueError(f'target must be one of {", ".join(TARGETS)}, found "{target}"')
         self.target, self.eps, self.iters, self.temperature = target, eps, iters, temperature
         pixels = 3 * math.prod(tube)                                                  # P: 1536 for tubes of 2 x 16 x 16
         out = pixels if target == "pixel" else target_dim
-        self.encoder = Encoder(dim=dim, depth=depth, heads=heads, tube=tube)
+        self.encoder = Encoder(dim=dim, depth=depth, heads=heads, tube=tube, norm=norm)
         self.encoder_to_decoder = nn.Linear(dim, decoder_dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.decoder = Decoder(dim=decoder_dim, depth=decoder_depth, heads=decoder_heads, out=out)
@@ -319,7 +407,7 @@ class SIGMA(nn.Module):
         """One pretraining step's loss.
 
         video (B, 3, T, H, W), normalised with ImageNet's mean and deviation; mask (B, N) bool, True where hidden, best
-        on the CPU (see split_mask); features (B, N, E), only for target "dino": the raw features of all tubes.
+        on the CPU (see split_mask); features (B, N, E), only for DINO's targets: the Teacher's, of all tubes.
         Returns the loss and a dict of detached tensors: the loss's terms, and for the targets with prototypes log_k,
         prototypes_used and entropy (of the video branch's assignment), target_entropy and both assignments (B*M,).
         Ranks' losses average to the loss of the whole batch; counts and entropies are this rank's.
@@ -351,10 +439,10 @@ class SIGMA(nn.Module):
 
     def embed(self, video, hidden, features=None):
         """The projection network: the true content of the tubes at hidden (B, M) as features, (B, M, E)."""
-        if self.target == "dino":
+        if self.target in DINO:
             n, found = math.prod(video.shape[2:]) // math.prod(self.encoder.tube), getattr(features, "shape", None)
             if found != (expected := (len(video), n, self.prototypes.shape[1])):
-                raise ValueError(f'target "dino" needs features of all tubes, shape {expected}, '
+                raise ValueError(f'target "{self.target}" needs features of all tubes, shape {expected}, '
                                  f"found {found and tuple(found)}")
             features = standardise(at_least_fp32(features.detach()), dim=1)              # per clip and channel: B N E
             return features.take_along_dim(hidden[..., None], dim=1)                                             # B M E
@@ -411,16 +499,225 @@ SIZES = {
 }
 
 
-def tube_of(size):
-    """The tube (frames, rows, columns) of a size in SIZES."""
-    return SIZES[size].get("tube", (2, 16, 16))
+def options(size, target="mlp", **changes):
+    """Keyword arguments of SIGMA for a size in SIZES; changes overrule the table. Prototypes are as wide as DINO."""
+    if size not in SIZES:
+        raise ValueError(f"size must be one of {', '.join(SIZES)}, found {size}")
+    width = dict(target_dim=DINO[target][0]) if target in DINO else {}
+    return dict(tube=(2, 16, 16)) | SIZES[size] | width | dict(target=target) | changes
 
 
 def build_model(size="base", **changes):
     """SIGMA of a size in SIZES; keyword arguments of SIGMA overrule the table, as in build_model("small", tube=...)."""
-    if size not in SIZES:
-        raise ValueError(f"size must be one of {', '.join(SIZES)}, found {size}")
-    return SIGMA(**SIZES[size] | changes)
+    return SIGMA(**options(size, **changes))
+
+
+# --- Weights of others in our names, and ours in theirs ---------------------------------------------------------------
+
+class WeightsError(ValueError):
+    """Weights that don't fit; the message says what was expected, what was found and what to do."""
+
+
+HEADS = {s[part + "dim"]: s[part + "heads"] for s in SIZES.values() for part in ("", "decoder_")}     # for each width
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")                            # as Hugging Face calls its weights
+ENCODER = ("dim", "depth", "heads", "tube", "norm")                                    # the options that an Encoder has
+HUGGING_FACE = (("encoder.patch_embed.proj.", "videomae.embeddings.patch_embeddings.projection."),       # ours, theirs
+                ("encoder.blocks.", "videomae.encoder.layer."), ("decoder.blocks.", "decoder.decoder_layers."),
+                (".norm1.", ".layernorm_before."), (".norm2.", ".layernorm_after."),
+                (".attn.proj.", ".attention.output.dense."),
+                (".mlp.fc1.", ".intermediate.dense."), (".mlp.fc2.", ".output.dense."),
+                (".attn.q_bias", ".attention.attention.q_bias"), (".attn.v_bias", ".attention.attention.v_bias"),
+                ("encoder.norm.", "videomae.layernorm."), ("head.", "classifier."))
+
+
+def renamed(weights, pairs):
+    """The weights under other names: in each name the pairs' first parts are replaced by the second ones, in order."""
+    found = {}
+    for name, value in weights.items():
+        for old, new in pairs:
+            name = name.replace(old, new)
+        found[name] = value
+    return found
+
+
+def blocks_in(weights, prefix):
+    """The number of blocks whose names begin with the prefix."""
+    return 1 + max((int(name[len(prefix):].split(".")[0]) for name in weights if name.startswith(prefix)), default=-1)
+
+
+def fill(model, weights, source="the file"):
+    """Puts weights into the model, all of them or none, and returns it. Raises WeightsError with what differs."""
+    found, expected = ({name: tuple(value.shape) for name, value in w.items()} for w in (weights, model.state_dict()))
+    differ = [f"{name} (expected {expected.get(name)}, found {found.get(name)})"
+              for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
+    if differ:
+        raise WeightsError(f"expected the weights of this network in {source}, found {len(differ)} names that differ: "
+                           f"{', '.join(differ[:20])}{', ...' * (len(differ) > 20)}: give another file or its settings")
+    model.load_state_dict(weights)
+    return model
+
+
+def read_file(path):
+    """Tensors by name from a file, or from a folder as Hugging Face saves it, and what else it holds: two dicts.
+
+    Runs no code of the file. Raises WeightsError.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = next((path / name for name in FOLDER_FILES if (path / name).exists()), path)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            weights, rest = load_file(path), {}
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):          # older files hold their flags as one
+                weights, rest = torch.load(path, map_location="cpu", weights_only=True), {}
+        for key in ("model", "module", "state_dict"):
+            if isinstance(weights.get(key), dict):
+                weights, rest = weights[key], {name: value for name, value in weights.items() if name != key}
+        config = path.with_name("config.json")
+        if any("layernorm_before" in name for name in weights):                                   # Hugging Face's names
+            rest = {"model_type": "videomae"} | (json.loads(config.read_text()) if config.is_file() else {})
+        if not all(isinstance(value, torch.Tensor) for value in weights.values()):
+            raise ValueError("not only tensors by name")
+    except FileNotFoundError:
+        raise WeightsError(f"expected weights, found no file {path}: give a checkpoint, or a run's folder") from None
+    except ImportError:
+        raise WeightsError(f"expected the package safetensors to read {path}, found none: pip install safetensors, or "
+                           "give the weights as .bin or .pt") from None
+    except Exception as error:                                        # whatever a foreign or damaged file brings about
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {foreign[1]}" if foreign else f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise WeightsError(f"expected weights, found something else in {path} ({reason}): give a checkpoint, or a "
+                           "run's folder") from None
+    return weights, rest
+
+
+def read_weights(path):
+    """read_file's two dicts, but the weights in our names. Recognises what load_model lists. Raises WeightsError."""
+    weights, rest = read_file(path)
+    if all(name.startswith("module.") for name in weights):                                                     # DDP's
+        weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    if rest.get("model_type") == "videomae":
+        return from_hugging_face(weights), rest
+    if any(name.startswith("blocks.") for name in weights):                                   # the authors', fine-tuned
+        return {name if name.startswith(("fc_norm.", "head.")) else f"encoder.{name}": value
+                for name, value in weights.items()}, rest
+    return {re.sub(r"^head\.(?=\d)", "projector.", name): value for name, value in weights.items()}, rest
+
+
+def from_hugging_face(weights):
+    """Weights of Hugging Face's VideoMAE models in our names; their query, key and value weights are one of ours."""
+    whole = ("videomae.", "encoder_to_decoder.", "mask_token", "decoder.", "fc_norm.", "classifier.")
+    weights = {name if name.startswith(whole) else f"videomae.{name}": value for name, value in weights.items()}
+    found = {}
+    for name, value in weights.items():
+        if name.endswith("attention.attention.query.weight"):
+            parts = [weights.get(name.replace("query", part), value[:0]) for part in ("query", "key", "value")]
+            name, value = name.replace("attention.attention.query", "attn.qkv"), torch.cat(parts)
+        if not name.endswith(("attention.attention.key.weight", "attention.attention.value.weight")):
+            found[name] = value
+    return renamed(found, [(theirs, ours) for ours, theirs in HUGGING_FACE])
+
+
+def to_hugging_face(weights, sizes, frames, size):
+    """Weights in our names and sizes_of them -> Hugging Face's weights, their config, and what has no place there.
+
+    A pixel target becomes a VideoMAEForPreTraining, a Classifier a VideoMAEForVideoClassification, else the encoder a
+    VideoMAEModel: all three can be opened as VideoMAEModel. frames, size: of the clips. Raises WeightsError.
+    """
+    if sizes["tube"][1] != sizes["tube"][2]:
+        raise WeightsError(f"expected square patches for Hugging Face, found tubes of {sizes['tube']}")
+    kind = "ForPreTraining" if sizes.get("target") == "pixel" else "Model"
+    kind = "ForVideoClassification" if "classes" in sizes else kind
+    kept = {name: value for name, value in weights.items() if kind != "Model" or name.startswith("encoder.")}
+    found = {}
+    for name, value in renamed(kept, HUGGING_FACE).items():
+        name = name.removeprefix("videomae." * (kind == "Model")).replace("decoder.classifier.", "decoder.head.")
+        if name.endswith(".attn.qkv.weight"):
+            for part, rows in zip(("query", "key", "value"), value.chunk(3)):
+                found[name.replace("attn.qkv", f"attention.attention.{part}")] = rows.clone()
+        else:
+            found[name] = value
+    config = dict(model_type="videomae", architectures=[f"VideoMAE{kind}"], image_size=size, num_frames=frames,
+                  patch_size=sizes["tube"][1], tubelet_size=sizes["tube"][0], num_channels=3, hidden_act="gelu",
+                  hidden_size=sizes["dim"], num_hidden_layers=sizes["depth"], num_attention_heads=sizes["heads"],
+                  intermediate_size=4 * sizes["dim"], qkv_bias=True, layer_norm_eps=1e-6, hidden_dropout_prob=0.0,
+                  attention_probs_dropout_prob=0.0, use_mean_pooling="encoder.norm.weight" not in weights)
+    if kind == "ForPreTraining":
+        config |= dict(norm_pix_loss=True, decoder_hidden_size=sizes["decoder_dim"],
+                       decoder_num_hidden_layers=sizes["decoder_depth"],
+                       decoder_num_attention_heads=sizes["decoder_heads"],
+                       decoder_intermediate_size=4 * sizes["decoder_dim"])
+    if "classes" in sizes:
+        config |= dict(id2label={i: f"LABEL_{i}" for i in range(sizes["classes"])},
+                       label2id={f"LABEL_{i}": i for i in range(sizes["classes"])})
+    return found, config, sorted({name.split(".")[0] for name in weights.keys() - kept.keys()})
+
+
+def to_authors(weights):
+    """Weights in our names -> in the names of the authors' code, as the value of "model" in their files."""
+    if "fc_norm.weight" in weights:
+        return {name.removeprefix("encoder."): value for name, value in weights.items()}
+    return {name.replace("projector.", "head."): value for name, value in weights.items()}
+
+
+def sizes_of(weights, about=None, heads=None, decoder_heads=None):
+    """What the shapes of weights in our names say: keyword arguments of SIGMA, or of an Encoder, and "classes".
+
+    Shapes don't tell the number of heads: it is given, or stands in about (what else read_weights found), or is that of
+    the size in SIZES that has this width. Raises WeightsError.
+    """
+    about, shape = about or {}, {name: tuple(value.shape) for name, value in weights.items()}
+    known = (about.get("config") or {}).get("sizes") or {
+        "heads": about.get("num_attention_heads"), "decoder_heads": about.get("decoder_num_attention_heads")}
+
+    def number(width, part, given):
+        found = given or known.get(part) or HEADS.get(width)
+        if not found or width % found:
+            raise WeightsError(f"expected a width of {', '.join(map(str, sorted(HEADS)))}, or a number of {part} that "
+                               f"divides it, found a width of {width}" + f" and {found} {part}" * bool(found)
+                               + f": give load_model(..., {part}=...), or config.json beside a Hugging Face file")
+        return found
+
+    dim, _, *tube = shape.get("encoder.patch_embed.proj.weight", (0, 0, 0, 0, 0))
+    if not dim or len(tube) != 3:
+        raise WeightsError("expected the weights of a SIGMA, VideoMAE or fine-tuned network, found no tube embedding "
+                           f"among {len(weights)} names, first {next(iter(weights), 'none')}: give another file")
+    sizes = dict(dim=dim, depth=blocks_in(weights, "encoder.blocks."), heads=number(dim, "heads", heads),
+                 tube=tuple(tube), norm=about.get("model_type") != "videomae" or "encoder.norm.weight" in shape)
+    if "fc_norm.weight" in shape:
+        return sizes | dict(classes=shape.get("head.weight", (0,))[0], norm=False)
+    if "decoder.head.weight" not in shape:
+        return sizes
+    out, width = shape["decoder.head.weight"]
+    sizes |= dict(decoder_dim=width, decoder_depth=blocks_in(weights, "decoder.blocks."),
+                  decoder_heads=number(width, "decoder_heads", decoder_heads))
+    if "prototypes" not in shape:
+        return sizes | dict(target="pixel")
+    layers = sorted((name for name in shape if name.startswith("projector.") and name.endswith(".bias")),
+                    key=lambda name: int(name.split(".")[1]))
+    target = "mlp" if layers else next((name for name, (width, *_) in DINO.items() if width == out), "dino")
+    return sizes | dict(target=target, target_dim=out, prototypes=shape["prototypes"][0],
+                        **dict(projector_widths=tuple(shape[name][0] for name in layers[:-1])) if layers else {})
+
+
+def load_model(path, heads=None, decoder_heads=None):
+    """The network of a checkpoint, with all its weights: SIGMA, a Classifier, or a module with `encoder` alone.
+
+    Recognises our own checkpoints; the authors' pretraining ones (all targets), VideoMAE's, and those fine-tuned from
+    them; Hugging Face's VideoMAEModel, VideoMAEForPreTraining and VideoMAEForVideoClassification (.bin, .pt, and
+    .safetensors with that package; or their folder). Sizes, tubes, target and number of prototypes are read off the
+    weights, see sizes_of. Whatever the file, model.encoder(video) gives tokens, for clips of any length and size.
+    Raises WeightsError, with the list of differences if not everything fits.
+    """
+    weights, about = read_weights(path)
+    sizes = sizes_of(weights, about, heads, decoder_heads)
+    if "target" in sizes:
+        return fill(SIGMA(**sizes), weights, path)
+    encoder = Encoder(**{name: sizes[name] for name in ENCODER})
+    model = Classifier(encoder, sizes["classes"]) if "classes" in sizes else nn.ModuleDict({"encoder": encoder})
+    return fill(model, weights, path)
 
 
 def walk():

@@ -1,5 +1,6 @@
 """What each part of SIGMA must do, as short tests: `python -m pytest -q`. No network, no GPU, no files from outside."""
 import argparse
+import importlib.util
 import inspect
 import io
 import json
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 from contextlib import redirect_stdout
 from fractions import Fraction
 from pathlib import Path
@@ -28,7 +30,7 @@ import data
 import sigma
 import train
 from data import Clips, Order, UserError, VideoError, collate, decode, find_videos, normalise, pretraining_frames
-from sigma import SIGMA, Classifier, build_model, sinkhorn, split_mask, symmetric_loss, take_tubes, tube_mask
+from sigma import SIGMA, Classifier, Encoder, build_model, sinkhorn, split_mask, symmetric_loss, take_tubes, tube_mask
 
 HERE = Path(__file__).parent
 CHILDREN = multiprocessing.get_context("forkserver")                      # starts processes that have torch in a moment
@@ -936,7 +938,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
 def test_a_full_disk_leaves_the_checkpoints_that_were_there(tmp_path, monkeypatch):
     for step in range(3):
-        train.write_checkpoint(tmp_path, {"step": step})
+        train.write_whole(tmp_path / "last.pt", {"step": step}, tmp_path / "previous.pt")
     steps = [torch.load(tmp_path / name, weights_only=True)["step"] for name in ("last.pt", "previous.pt")]
     assert steps == [2, 1]                                                                             # two are kept
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -947,7 +949,7 @@ def test_a_full_disk_leaves_the_checkpoints_that_were_there(tmp_path, monkeypatc
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(train.RunError, match="No space left"):
-        train.write_checkpoint(tmp_path, {"step": 3})
+        train.write_whole(tmp_path / "last.pt", {"step": 3}, tmp_path / "previous.pt")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -1096,9 +1098,9 @@ def test_wrong_usage_ends_in_one_sentence_and_code_2(here, capsys):
     for arguments, message in (
             (["--data", "nowhere"], "found no such place: give FOLDER/<class>"),
             (["--data", "bad.csv"], 'line 1, "nothing.mp4 0"'),
-            (["--resume", "nowhere"], "expected a checkpoint of train.py, found no file nowhere"),
-            (["--init", "junk.pt"], "expected a checkpoint of train.py, found something else in junk.pt"),
-            (["--init", "taken/last.pt", "--target", "pixel"], "in taken/last.pt, found 7 names that differ"),
+            (["--resume", "nowhere"], "expected weights, found no file nowhere"),
+            (["--init", "junk.pt"], "expected weights, found something else in junk.pt"),
+            (["--init", "taken/last.pt", "--target", "pixel"], "expected --target mlp or none with the weights"),
             (["--resume", "taken", "--epochs", "9"], "the run's own --epochs 1, found 9"),
             (["--resume", "taken", "--data", "less"], "expected the run's 64 videos, found 1 in less"),
             (["--repeat", "3", "--batch-size", "64"], "expected a --batch-size divisible by --repeat 3, found 64"),
@@ -1390,7 +1392,7 @@ def test_weights_of_another_model_stop_fine_tuning_with_the_list_of_differences(
     assert train.main(["--task", "finetune", "--init", "broken.pt", "--out", "never"]) == 2
     assert "encoder.blocks.2.mlp.fc1.bias" in capsys.readouterr().err
     assert train.main(["--task", "probe", "--init", "other", "--model", "small", "--out", "never"]) == 2
-    assert "differ" in capsys.readouterr().err
+    assert "expected --model tiny or none" in capsys.readouterr().err
 
 
 def test_two_processes_with_uneven_shares_get_the_accuracy_of_one(here, tmp_path):
@@ -1497,6 +1499,315 @@ def test_a_process_that_dies_ends_the_whole_job_within_a_minute(here):
         assert job.wait(timeout=60) != 0
     finally:
         job.kill()
+
+
+# --- DINO as the projection network -----------------------------------------------------------------------------------
+
+def dino_weights(width=128, depth=2, patch=16, side=2):
+    """Random weights of a small DINO, in DINO's own names."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, side * side + 1, width), "norm.weight": (width,),
+              "norm.bias": (width,), "patch_embed.proj.weight": (width, 3, patch, patch),
+              "patch_embed.proj.bias": (width,)}
+    for n in range(depth):
+        for name, shape in (("norm1", (width,)), ("norm2", (width,)), ("attn.qkv", (3 * width, width)),
+                            ("attn.proj", (width, width)), ("mlp.fc1", (4 * width, width)),
+                            ("mlp.fc2", (width, 4 * width))):
+            shapes |= {f"blocks.{n}.{name}.weight": shape, f"blocks.{n}.{name}.bias": shape[:1]}
+    return {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes.items()}
+
+
+def dino_tokens(w, image, heads, depth=2):
+    """DINO's forward pass written out, all tokens of one image (3, S, S)."""
+    def norm(x, name):
+        x = (x - x.mean(dim=-1, keepdim=True)) / (x.var(dim=-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+        return x * w[name + ".weight"] + w[name + ".bias"]
+
+    def linear(x, name):
+        return x @ w[name + ".weight"].T + w[name + ".bias"]
+
+    x = F.conv2d(image[None], w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=16)[0].flatten(1).T
+    x = torch.cat([w["cls_token"][0], x]) + w["pos_embed"][0]
+    for n in range(depth):
+        qkv = linear(norm(x, f"blocks.{n}.norm1"), f"blocks.{n}.attn.qkv")
+        q, k, v = (part.unflatten(1, (heads, -1)) for part in qkv.chunk(3, dim=1))
+        weight = (torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(q.shape[2])).softmax(dim=2)
+        x = x + linear(torch.einsum("hij,jhd->ihd", weight, v).flatten(1), f"blocks.{n}.attn.proj")
+        x = x + linear(F.gelu(linear(norm(x, f"blocks.{n}.norm2"), f"blocks.{n}.mlp.fc1")), f"blocks.{n}.mlp.fc2")
+    return norm(x, "norm")
+
+
+def test_the_teacher_gives_dino_s_patch_tokens_of_the_first_frame_of_each_tubelet():
+    weights, video = dino_weights(), torch.randn(2, 3, 6, 32, 32)
+    teacher = sigma.load_teacher(weights, (3, 2, 2), (2, 16, 16))
+    tokens = teacher(video)
+    assert tokens.shape == (2, 12, 128)
+    by_hand = [torch.cat([dino_tokens(weights, clip[:, t], heads=2)[1:] for t in (0, 2, 4)]) for clip in video]
+    assert torch.allclose(tokens, torch.stack(by_hand), atol=1e-4)
+    video[:, :, 1::2] = 0
+    assert torch.equal(teacher(video), tokens)                                                   # no other frame counts
+
+
+def test_the_teacher_never_trains_and_stays_in_float32_under_autocast():
+    teacher = sigma.load_teacher(dino_weights(), (1, 2, 2), (2, 16, 16)).train()
+    assert not any(module.training for module in teacher.modules())
+    assert not any(p.requires_grad for p in teacher.parameters())
+    video = torch.randn(1, 3, 2, 32, 32, requires_grad=True)
+    torch.set_float32_matmul_precision("high")
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = teacher(video)
+    assert torch.equal(tokens, teacher(video)) and tokens.dtype == torch.float32 and not tokens.requires_grad
+    assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_the_teacher_has_a_token_for_each_tube_whatever_their_size():
+    weights = dino_weights(side=3)
+    for grid, tube, size in (((1, 3, 3), (2, 16, 16), 48), ((2, 5, 5), (1, 16, 16), 80), ((1, 4, 4), (2, 8, 8), 32)):
+        teacher = sigma.load_teacher(weights, grid, tube)
+        assert teacher(torch.randn(1, 3, grid[0] * tube[0], size, size)).shape == (1, math.prod(grid), 128)
+        places = teacher.vit.encoder.pos_embedding[0, 1:].unflatten(0, grid[1:])           # corners stay what they were
+        theirs = weights["pos_embed"][0, 1:].unflatten(0, (3, 3))
+        assert torch.allclose(places[::grid[1] - 1, ::grid[1] - 1], theirs[::2, ::2], atol=1e-5)
+    with pytest.raises(sigma.WeightsError, match="as many tubes down as across"):
+        sigma.load_teacher(weights, (1, 2, 3), (2, 16, 16))
+    del weights["blocks.1.mlp.fc2.bias"]
+    with pytest.raises(sigma.WeightsError, match="1 names that differ"):
+        sigma.load_teacher(weights, (1, 3, 3), (2, 16, 16))
+
+
+def test_dino_is_downloaded_once_as_weights_alone_and_against_its_hash(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    asked = []
+
+    def download(url, path, hash_prefix=None, progress=True):
+        asked.append((url, hash_prefix))
+        torch.save(dino_weights(depth=1), path)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    first, second = sigma.download_dino("dino"), sigma.download_dino("dino")
+    assert asked == [(sigma.DINO["dino"][1], "bf34ad0f424b9029")] and first.keys() == second.keys()
+
+
+def test_training_with_the_teacher_keeps_it_out_of_the_checkpoint_and_goes_on_with_two_processes(here, capsys):
+    torch.save(dino_weights(384, depth=1, side=14), "dino.pth")
+    common = ["--target", "dino-s", "--teacher", "dino.pth", "--batch-size", "16", "--epochs", "3"]
+    assert train.main([*common, "--out", "dino", "--max-steps", "2"]) == 0
+    kept = torch.load("dino/last.pt", weights_only=True)
+    assert kept["model"]["prototypes"].shape == (128, 384)
+    assert not any("vit" in name or "project" in name for name in kept["model"])
+    result = subprocess.run([*TORCHRUN, str(HERE / "train.py"), "--resume", "dino"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert torch.load("dino/last.pt", weights_only=True)["step"] == 3 and Path("dino/prototypes.png").exists()
+    assert train.main(["--task", "show", "--init", "dino", "--teacher", "dino.pth", "--out", "dino-show"]) == 0
+    assert Path("dino-show/clusters.mp4").exists()
+    capsys.readouterr()
+    assert train.main([*common[:4], "--bench", "--batch-size", "2"]) == 0
+    assert re.search(r"teacher +\d+% ", capsys.readouterr().out)
+
+
+def test_without_network_or_with_another_teacher_one_sentence_says_what_to_do(here, capsys, monkeypatch):
+    def no_network(*args, **options):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
+    torch.save(dino_weights(384, depth=1), "small.pth")
+    torch.save({"a": torch.zeros(1)}, "other.pth")
+    for arguments, message in ((["dino"], "dino_vitbase16_pretrain.pth, found <urlopen error no network>: download"),
+                               (["dino", "--teacher", "nowhere"], "found no file nowhere"),
+                               (["dino", "--teacher", "small.pth"], "768 wide for --target dino, found 384 in small"),
+                               (["dino", "--teacher", "other.pth"], "found no cls_token")):
+        assert train.main(["--out", "never", "--target", *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert not Path("never").exists()
+
+
+# --- Weights of others, and for others --------------------------------------------------------------------------------
+
+def their_block(ours, theirs):
+    """(our name, their name) of what a block of Hugging Face's holds, but for query, key and value weights."""
+    names = {"norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.output.dense",
+             "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
+    return [(f"{ours}.{a}.{part}", f"{theirs}.{b}.{part}") for a, b in names.items() for part in ("weight", "bias")] + [
+        (f"{ours}.attn.{part}_bias", f"{theirs}.attention.attention.{part}_bias") for part in "qv"]
+
+
+def hugging_face_file(model, kind):
+    """A model's weights as the transformers library would save them."""
+    ours, prefix = model.state_dict(), "" if kind == "Model" else "videomae."
+    pairs = [(f"encoder.patch_embed.proj.{part}", f"{prefix}embeddings.patch_embeddings.projection.{part}")
+             for part in ("weight", "bias")]
+    stacks = [(f"encoder.blocks.{n}", f"{prefix}encoder.layer.{n}") for n in range(2)]
+    if kind == "ForPreTraining":
+        stacks.append(("decoder.blocks.0", "decoder.decoder_layers.0"))
+        same = ("mask_token", "encoder_to_decoder.", "decoder.norm.", "decoder.head.")
+        pairs += [(name, name) for name in ours if name.startswith(same)]
+    if kind == "ForVideoClassification":
+        pairs += [(name, name.replace("head", "classifier")) for name in ours if name.startswith(("fc_norm", "head"))]
+    else:
+        pairs += [(f"encoder.norm.{part}", f"{prefix}layernorm.{part}") for part in ("weight", "bias")]
+    theirs = {}
+    for a, b in stacks:
+        pairs += their_block(a, b)
+        for part, weight in zip(("query", "key", "value"), ours[f"{a}.attn.qkv.weight"].chunk(3)):
+            theirs[f"{b}.attention.attention.{part}.weight"] = weight.clone()
+    return theirs | {b: ours[a] for a, b in pairs}
+
+
+def trained(model):
+    """The model with no weight left at its start, as after training, in float32."""
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.float().eval()
+
+
+def network(kind):
+    if kind in ("ForVideoClassification", "fine-tuned", "our fine-tuned"):
+        return trained(Classifier(small().encoder, 5))
+    return trained(small({"dino": "dino", "ForPreTraining": "pixel", "pixel": "pixel"}.get(kind, "mlp")))
+
+
+LAYOUTS = ["ours", "our fine-tuned", "mlp", "dino", "pixel", "fine-tuned", "Model", "ForPreTraining",
+           "ForVideoClassification"]
+
+
+def save_as(kind, model, path):
+    """Writes a checkpoint as the named code would."""
+    weights, flags = model.state_dict(), argparse.Namespace(model="any", lr=1e-3, betas=[0.9, 0.95])
+    if kind in ("mlp", "dino", "pixel"):
+        weights = {name.replace("projector.", "head."): value for name, value in weights.items()}
+        content = {"model": weights, "optimizer": {"state": {}}, "epoch": 799, "args": flags}
+    elif kind == "fine-tuned":
+        content = {"module": {name.removeprefix("encoder."): value for name, value in weights.items()}, "args": flags}
+    elif kind in ("ours", "our fine-tuned"):
+        content = {"model": weights}
+    else:
+        content = hugging_face_file(model, kind)
+    torch.save(content, path)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_weights_in_every_layout_give_the_same_network(kind, tmp_path):
+    model, (video, mask) = network(kind), batch(2)
+    save_as(kind, model, tmp_path / "weights.pt")
+    loaded = sigma.load_model(tmp_path / "weights.pt", heads=2, decoder_heads=2).eval()
+    wanted = {name: value for name, value in model.state_dict().items()
+              if kind != "Model" or name.startswith("encoder.")}
+    assert loaded.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[name]) for name, value in loaded.state_dict().items())
+    assert torch.equal(loaded.encoder(video.float()), model.encoder(video.float()))
+    if isinstance(model, Classifier):
+        assert torch.equal(loaded(video.float()), model(video.float()))
+    elif kind != "Model":
+        assert loaded.target == model.target
+        features = torch.randn(2, 32, 16) if kind == "dino" else None
+        assert loaded(video.float(), mask, features)[0] == model(video.float(), mask, features)[0]
+    longer = torch.randn(1, 3, 6, 40, 40)
+    assert loaded.encoder(longer).shape == (1, 75, 32)                            # any length and size: 3 x 5 x 5 tubes
+
+
+def test_query_key_and_value_weights_of_hugging_face_stand_in_this_order():
+    theirs = {f"{part}.weight": torch.randn(32, 32) for part in ("query", "key", "value")}
+    block = "encoder.layer.0.attention.attention."
+    ours = sigma.from_hugging_face({block + name: value for name, value in theirs.items()})
+    x = torch.randn(3, 32)
+    q, k, v = (x @ ours["encoder.blocks.0.attn.qkv.weight"].T).chunk(3, dim=1)
+    for found, part in ((q, "query"), (k, "key"), (v, "value")):
+        assert torch.allclose(found, x @ theirs[f"{part}.weight"].T, atol=1e-5)
+
+
+def test_a_file_that_does_not_fit_stops_with_the_list_and_runs_no_code(tmp_path):
+    model = network("mlp")
+    weights = model.state_dict()
+    del weights["decoder.norm.bias"]
+    weights["encoder.blocks.1.attn.q_bias"] = torch.zeros(31)
+    torch.save({"model": weights}, tmp_path / "lacking.pt")
+    with pytest.raises(sigma.WeightsError, match=r"2 names .* decoder.norm.bias .* encoder.blocks.1.attn.q_bias "
+                                                 r"\(expected \(32,\), found \(31,\)\)"):
+        sigma.load_model(tmp_path / "lacking.pt", heads=2, decoder_heads=2)
+    save_as("mlp", model, tmp_path / "good.pt")
+    with pytest.raises(sigma.WeightsError, match="a width of 32"):                 # heads can't be read off the weights
+        sigma.load_model(tmp_path / "good.pt")
+
+    class Harmful:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "harm"),)
+
+    torch.save({"model": model.state_dict(), "args": Harmful()}, tmp_path / "harmful.pt")
+    with pytest.raises(Exception, match="mkdir"):
+        sigma.load_model(tmp_path / "harmful.pt")
+    assert not (tmp_path / "harm").exists()
+    monkey = tmp_path / "file.safetensors"
+    monkey.write_bytes(b"")
+    if not importlib.util.find_spec("safetensors"):
+        with pytest.raises(sigma.WeightsError, match="pip install safetensors"):
+            sigma.load_model(monkey)
+
+
+@pytest.mark.parametrize("size", ["small", "base", "large", "huge"])
+def test_size_and_target_are_read_off_the_weights(size):
+    for target in sigma.TARGETS:
+        with torch.device("meta"):
+            model = build_model(size, target=target, prototypes=77)
+        sizes = sigma.sizes_of(model.state_dict())
+        wanted = sigma.options(size, target, prototypes=77)
+        assert sizes["target"] == target and all(sizes[name] == wanted[name] for name in sizes.keys() & wanted.keys())
+        assert sizes["dim"] == wanted["dim"] and (target == "pixel") == ("prototypes" not in sizes)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "dino", "pixel", "fine-tuned"])
+@pytest.mark.parametrize("layout", ["hf", "authors"])
+def test_exported_weights_have_the_names_of_the_others_and_come_back_exactly(kind, layout, here):
+    model = network(kind)
+    os.makedirs("mine", exist_ok=True)
+    torch.save({"model": model.state_dict(), "config": {"sizes": {"heads": 2, "decoder_heads": 2}}}, "mine/any.pt")
+    out = f"exported-{kind}-{layout}/pytorch_model.bin"
+    command = ["--task", "export", "--init", "mine/any.pt", "--format", layout, "--out", out]
+    assert train.main(command) == 0
+    written = torch.load(out, weights_only=True)
+    if layout == "hf":
+        saved = {"pixel": "ForPreTraining", "fine-tuned": "ForVideoClassification"}.get(kind, "Model")
+        expected = hugging_face_file(model, saved)
+        config = json.loads(Path(out).with_name("config.json").read_text())
+        assert config["architectures"] == [f"VideoMAE{saved}"] and config["layer_norm_eps"] == 1e-6
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size",
+                 "tubelet_size", "image_size", "num_frames")
+        assert [config[name] for name in names] == [32, 2, 2, 128, 8, 2, 224, 16]
+        assert config["use_mean_pooling"] == (kind == "fine-tuned")
+    else:
+        save_as(kind, model, "expected.pt")
+        expected = torch.load("expected.pt", weights_only=False)
+        expected, written = expected.get("model", expected.get("module")), written["model"]
+    assert written.keys() == expected.keys() and all(torch.equal(written[name], expected[name]) for name in expected)
+    back = sigma.load_model(Path(out).parent if layout == "hf" else out, heads=2, decoder_heads=2).state_dict()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in back.items())
+    assert len(back) == len(model.state_dict()) or layout == "hf" and saved == "Model"
+    assert train.main(command) == 2                                                             # nothing is overwritten
+
+
+def test_published_weights_start_any_task_and_contradictions_stop(here, capsys):
+    model = trained(build_model("tiny"))
+    save_as("mlp", model, "published.pth")
+    torch.save(hugging_face_file(trained(Classifier(Encoder(dim=32, depth=2, heads=2, tube=TUBE), 8)),
+                                 "ForVideoClassification"), "tuned.bin")
+    Path("config.json").write_text('{"num_attention_heads": 2}')
+    try:
+        small_steps = ["--max-steps", "1", "--batch-size", "16"]
+        assert train.main(["--init", "published.pth", "--out", "a", *small_steps]) == 0
+        assert train.main(["--init", "published.pth", "--out", "b", "--task", "finetune", *small_steps]) == 0
+        assert "left out: decoder, encoder_to_decoder, mask_token, projector, prototypes" in capsys.readouterr().out
+        assert train.main(["--init", "tuned.bin", "--out", "c", "--task", "knn", "--frames", "4"]) == 0
+        assert train.main(["--init", "tuned.bin", "--out", "d", "--task", "finetune", *small_steps]) == 0
+        for arguments, message in (
+                (["--init", "published.pth", "--model", "small"], "expected --model tiny or none with the weights in"),
+                (["--init", "published.pth", "--target", "dino"], "expected --target mlp or none with the weights in"),
+                (["--init", "tuned.bin"], "found an encoder and a classifier in tuned.bin"),
+                (["--task", "export", "--init", "published.pth", "--out", "x.pt"], "expected --format with --task"),
+                (["--task", "export", "--init", "published.pth", "--format", "hf", "--out", "x"], "found x: choose")):
+            assert train.main([*arguments, *["--out", "never"] * ("--out" not in arguments)]) == 2
+            assert message in capsys.readouterr().err
+    finally:
+        Path("config.json").unlink()
 
 
 # --- README.md --------------------------------------------------------------------------------------------------------

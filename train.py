@@ -9,6 +9,7 @@
     python train.py --task finetune --init out/toy-tiny-mlp     all weights, with labels; then test (also: probe, knn)
     python train.py --task features --init out/toy-tiny-mlp     pooled features of all videos, in one file
     python train.py --task show --init out/toy-tiny-mlp         pictures: masks, prototypes, cluster maps, components
+    python train.py --task export --init out/toy-tiny-mlp --format hf --out FILE             weights for other programs
 
 A run writes two checkpoints, log.jsonl, results.json and pictures to out/<run>/. SIGTERM, SIGUSR1, Ctrl-C save first.
 """
@@ -20,6 +21,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import sys
 import time
 from argparse import Namespace
@@ -35,6 +37,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import tv_tensors
+from torchvision.models.vision_transformer import VisionTransformer
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, save_image
 from tqdm import tqdm
@@ -42,10 +45,13 @@ from tqdm import tqdm
 from data import RETRIES, SETS, SPLITS, TASKS, VIDEO, Clips, Order, UserError, Views, centre_crop, dense_frames
 from data import find_videos, kill_workers, loader, make_toy, normalise, recipe, scaled, segment_frames
 from data import tuning_augmentation, write_video
-from sigma import SIZES, Classifier, build_model, sinkhorn, take_tubes, tube_mask, tube_of
+from sigma import DINO, ENCODER, FOLDER_FILES, SIGMA, SIZES, TARGETS, Classifier, Encoder, Teacher, WeightsError
+from sigma import download_dino, fill, load_teacher, options, read_file, read_weights, sinkhorn, sizes_of, take_tubes
+from sigma import to_authors, to_hugging_face, tube_mask
 
 COMMON = dict(task="pretrain", root=None, val=None, limit=0, target="mlp", accum=None, repeat=1, seed=0, amp=None,
-              eval_every=0, compile=False, split="train", tokens=False, classes=None, source=None)
+              eval_every=0, compile=False, split="train", tokens=False, classes=None, source=None, sizes=None,
+              teacher=None, format=None)
 RECOMPUTE = ("large", "huge")                                   # models whose activations are computed again, not kept
 BETAS, FINAL_LR, WEIGHT_DECAY = (0.9, 0.95), 1e-5, 0.05         # AdamW's; rates are for a global batch of 256 clips
 LABELLED_BETAS, LABELLED_FINAL_LR, LAYER_DECAY, DROP_PATH, SMOOTHING = (0.9, 0.999), 1e-6, 0.75, 0.1, 0.1
@@ -79,13 +85,15 @@ def parse(argv):
     natural, positive, real = number(int, 0), number(int, 1), number(float, 0)
     either, toy = parser.add_mutually_exclusive_group(), SETS["toy"]
     for name, kind, text in (
-            ("task", ["pretrain", *TASKS, "knn", "features", "show"], "what to do (default: pretrain)"),
+            ("task", ["pretrain", *TASKS, "knn", "features", "show", "export"], "what to do (default: pretrain)"),
             ("data", str, "k400, ssv2, ucf101, hmdb51, toy, a folder of videos, or a list file (default: toy)"),
             ("root", str, "the named set's folder (default: data/<name>)"),
             ("val", str, "videos to test on, a folder or list (default: the val or test split of --data)"),
             ("limit", natural, "use so many labelled training videos, the same number of each class (default: all)"),
             ("model", list(SIZES), "size of the networks (default: that of --init, else tiny for toy, else base)"),
-            ("target", ["mlp", "pixel"], "mlp: SIGMA-MLP; pixel: the VideoMAE baseline (default: --init's, else mlp)"),
+            ("target", list(TARGETS), "mlp: SIGMA-MLP; dino, dino-s: SIGMA-DINO with ViT-B or ViT-S; pixel: the "
+             "VideoMAE baseline (default: that of --init, else mlp)"),
+            ("teacher", str, "file of DINO's weights (default: downloaded once)"),
             ("frames", positive, "frames of a clip"),
             ("stride", positive, "frames of the video from one frame of the clip to the next"),
             ("size", positive, "pixels of a clip's side"),
@@ -106,7 +114,8 @@ def parse(argv):
             ("seed", natural, "of weights, shuffle, crops and masks (default: 0)"),
             ("out", str, "folder of the run (default: out/<data>-<model>-<target>)"),
             ("resume", str, "folder or checkpoint of a run: go on exactly where it stopped"),
-            ("init", str, "folder or checkpoint of a run: take its weights"),
+            ("init", str, "folder or checkpoint of a run, or a published one: take its weights"),
+            ("format", ["hf", "authors"], "for export: names and layout of Hugging Face, or of the authors' code"),
             ("eval_every", natural, "epochs between accuracies on the validation split (default: 0, never)"),
             ("max_steps", positive, "stop and save after this many steps of the schedule"),
             ("compile", None, "compile the transformer blocks: slow to start, then faster"),
@@ -121,26 +130,49 @@ def parse(argv):
 
 def configure(given):
     """The run's settings, a plain dictionary: recipe, then flags; and the checkpoint that it starts from, or None."""
-    checkpoint, once = None, ("resume", "init", "max_steps", "bench")
+    checkpoint, once, task = None, ("resume", "init", "max_steps", "bench"), given.get("task", "pretrain")
     if "resume" in given or "init" in given:
-        path, checkpoint = read_checkpoint(given.get("resume") or given["init"])
+        path, checkpoint = read_checkpoint(given.get("resume") or given["init"], "resume" in given)
+        sizes, before = sizes_of(checkpoint["model"], checkpoint), checkpoint.get("config") or {}
     if "resume" in given:
-        config = COMMON | VIDEO | checkpoint["config"] | dict(out=str(path.parent), accum=None)
-        free = {"data", "root", "val", "views", "batch_size", "accum", "workers", "out", "eval_every", "compile"}
+        config = COMMON | VIDEO | dict(sizes=sizes) | before | dict(out=str(path.parent), accum=None)
+        free = {"data", "root", "val", "views", "batch_size", "accum", "workers", "out", "eval_every", "compile",
+                "teacher"}
         for name in given.keys() - free - set(once):
             if given[name] != config[name]:
                 raise UserError(f"--resume keeps the run's own --{name} {config[name]}, found {given[name]}: leave it "
                                 "out, or start a new run from the weights with --init")
     else:
-        before, task = checkpoint["config"] if checkpoint else {}, given.get("task", "pretrain")
-        if task in ("features", "show") and not checkpoint:
-            raise UserError(f"expected --init with --task {task}, found none: give a run's folder or its last.pt")
-        full = "bench" in given and given.get("model", "tiny") != "tiny"
+        for name in {"features": ["init"], "show": ["init"], "export": ["init", "format", "out"]}.get(task, []):
+            if name not in given:
+                raise UserError(f"expected --{name} with --task {task}, found none: give it, see --help")
+        model, target = given.get("model"), given.get("target", "mlp")
+        if checkpoint:
+            shape = f"{sizes['dim']} wide, {sizes['depth']} blocks"
+            model = next((name for name, size in SIZES.items() if all(size[part] == sizes[part] for part in
+                                                                      ("dim", "depth"))), shape.replace(" ", ""))
+            target = sizes.get("target", target)
+            for name, value in (("model", model), ("target", target)):
+                if given.get(name, value) != value:
+                    raise UserError(f"expected --{name} {value} or none with the weights in {path} ({shape}), found "
+                                    f"{given[name]}: leave it out, or give other weights")
+            if task in ("pretrain", "show") and "target" not in sizes:
+                raise UserError(f"expected a whole pretraining network with --task {task}, found an encoder "
+                                f"{'and a classifier' if 'classes' in sizes else 'alone'} in {path}: give another file")
+        full = "bench" in given and model not in (None, "tiny")
         data = given.get("data", "k400" if full else "toy")
-        model = given.get("model") or before.get("model") or ("tiny" if data == "toy" else "base")
+        model = model or ("tiny" if data == "toy" else "base")
         config = COMMON | recipe(data, model, task) | dict(
-            data=data, model=model, target=before.get("target", "mlp"), source=str(path) if checkpoint else "untrained")
+            data=data, model=model, target=target, source=str(path) if checkpoint else "untrained",
+            sizes=sizes if checkpoint else options(model, target))
+        if task == "export":
+            config |= {name: before.get(name, VIDEO[name]) for name in ("frames", "size")}
     config |= {name: value for name, value in given.items() if name not in once}
+    if config["task"] == "export":
+        if Path(config["out"]).exists() or Path(config["out"]).suffix not in (".bin", ".pt", ".pth"):
+            raise UserError("expected the name of a new file, .bin, .pt or .pth, as --out, found "
+                            f"{config['out']}: choose another")
+        return config, checkpoint
     name = f"{Path(config['data']).resolve().stem}-{config['model']}-{config['target']}"
     config = {"out": f"out/{name}" + f"-{config['task']}" * (config["task"] != "pretrain")} | config
     out = Path(config["out"])
@@ -199,18 +231,55 @@ def autocast(name, device):
 
 
 def make_model(c, device):
-    """The model of settings c, on the device: SIGMA, or for c.classes the encoder with a classifier."""
+    """The model of settings c, on the device: SIGMA, or for c.classes the encoder with a classifier, or the encoder."""
     torch.manual_seed(c.seed)
-    model = build_model(c.model, target=c.target, **dict(eps=c.eps) if c.eps else {})
-    if c.classes:
-        model = Classifier(model.encoder, c.classes, DROP_PATH if c.task == "finetune" else 0)
-        model.encoder.requires_grad_(c.task != "probe")
-    for part in [model.encoder] + ([] if c.classes else [model.decoder]):
+    if c.task in ("pretrain", "show"):
+        model = SIGMA(**c.sizes | (dict(eps=c.eps) if c.eps else {}))
+    else:
+        model = nn.ModuleDict({"encoder": Encoder(**{name: c.sizes[name] for name in ENCODER if name in c.sizes})})
+        if c.classes:
+            model = Classifier(model.encoder, c.classes, DROP_PATH if c.task == "finetune" else 0)
+            model.encoder.requires_grad_(c.task != "probe")
+    for part in (module for name, module in model.named_children() if name in ("encoder", "decoder")):
         part.recompute = c.model in RECOMPUTE
         if c.compile:                       # one block at a time: they are alike, so one compilation serves them all
             for block in part.blocks:
                 block.compile()
     return model.to(device)
+
+
+def make_teacher(c, device, load=True):
+    """The frozen teacher of DINO's targets, else None. load: False for random weights, to time it. Makes the prototypes
+    as wide as the teacher. One process of each machine downloads; the others wait for it. Raises UserError."""
+    if c.target not in DINO or c.task not in ("pretrain", "show"):
+        return None
+    grid = [size // step for size, step in zip((c.frames, c.size, c.size), c.sizes["tube"])]
+    width, url, _ = DINO[c.target]
+    if not load:
+        vit = VisionTransformer(image_size=16 * grid[1], patch_size=16, num_layers=12, num_heads=width // 64,
+                                hidden_dim=width, mlp_dim=4 * width)
+        teacher = Teacher(vit, c.sizes["tube"])
+    elif c.teacher:
+        teacher = load_teacher(read_file(c.teacher)[0], grid, c.sizes["tube"])
+    else:
+        socket.setdefaulttimeout(30)                              # a network that swallows requests must not stop a run
+        for first in (True, False):
+            try:
+                problem = None
+                if (os.environ.get("LOCAL_RANK", "0") == "0") == first:
+                    weights = download_dino(c.target)
+            except (OSError, RuntimeError) as error:
+                problem = error
+            if problem := next(filter(None, gather(problem and str(problem))), None):
+                raise UserError(f"expected DINO's weights from {url}, found {problem}: download that file elsewhere "
+                                "and say where it is with --teacher FILE")
+        teacher = load_teacher(weights, grid, c.sizes["tube"])
+    others = {name for name, (theirs, *_) in DINO.items() if theirs == teacher.dim and name != c.target}
+    if others or c.source != "untrained" and teacher.dim != c.sizes["target_dim"]:
+        raise UserError(f"expected a teacher {c.sizes['target_dim']} wide for --target {c.target}, found {teacher.dim} "
+                        f"in {c.teacher}: give another --teacher or --target")
+    c.sizes["target_dim"] = teacher.dim
+    return teacher.to(device)
 
 
 def layer_scale(name, depth):
@@ -234,10 +303,14 @@ def make_optimizer(model, task="pretrain"):
                              lr=0.0, betas=LABELLED_BETAS if task in TASKS else BETAS, fused=True)
 
 
-def make_step(parallel, c, device):
+def make_step(parallel, c, device, teacher=None):
     """What training does with a batch (video uint8, mask, label of each video): the loss and its statistics."""
     if c.task not in TASKS:
-        return lambda video, mask, label: parallel(normalise(video, device), mask)
+        def pretrain(video, mask, label):
+            video = normalise(video, device)
+            return parallel(video, mask, teacher(video) if teacher else None)
+
+        return pretrain
     mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=c.classes), v2.CutMix(alpha=1.0, num_classes=c.classes)])
     erase = v2.RandomErasing(p=0.25, value="random")
 
@@ -296,7 +369,7 @@ def make_clips(c, split="train", views=None, most=None, **options):
     if most:
         videos = videos.take([i for _, i in sample(videos.paths, most)])
     options = {name: getattr(c, name) for name in ("frames", "stride", "size", "ratio", "seed")} | dict(
-        tube=tube_of(c.model), cache=CACHE if c.data == "toy" else None) | options
+        tube=c.sizes["tube"], cache=CACHE if c.data == "toy" else None) | options
     if views:
         times, crops = map(int, views.split("x"))
         return Views(videos, times=times, crops=crops, sampling=c.sampling, **options)
@@ -371,60 +444,46 @@ def endless(batches, order):
 CHECKPOINTS = ("last.pt", "previous.pt")
 
 
-def write_checkpoint(folder, content):
-    """Writes folder/last.pt, the old one becomes previous.pt. At any moment one of them is whole."""
-    last, previous = (folder / name for name in CHECKPOINTS)
-    draft = folder / "unfinished.pt"
+def write_whole(path, content, before=None):
+    """torch.save under another name, then the path's: it is whole or not there. What was there becomes `before`."""
+    draft = path.with_name("unfinished.pt")
     try:
         with open(draft, "wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        if last.exists():
-            last.replace(previous)
-        draft.replace(last)
+        if before and path.exists():
+            path.replace(before)
+        draft.replace(path)
     except (OSError, RuntimeError) as error:                          # torch.save turns a full disk into the latter
         draft.unlink(missing_ok=True)
-        raise RunError(f"expected to write {last}, found {error}: make room and --resume {folder}; what it held before "
-                       "is untouched") from None
+        raise RunError(f"expected to write {path}, found {error}: make room and start again, a run with --resume "
+                       f"{path.parent}; what was there before is untouched") from None
 
 
-def read_checkpoint(path):
+def read_checkpoint(path, whole=True):
     """(path, content) of a checkpoint given by its path or its run's folder; of the one before if last.pt is damaged.
 
-    Runs no code that the file may hold. Raises UserError.
+    whole: it must be one of train.py's, else all weights that sigma.read_weights knows will do. They stand at "model".
+    Raises WeightsError.
     """
     path, problems = Path(path), []
-    if path.is_dir() or path.name == CHECKPOINTS[0]:
-        folder = path if path.is_dir() else path.parent
-        candidates = [folder / name for name in CHECKPOINTS]
-    else:
-        candidates = [path]
+    candidates = [path]
+    if path.name == CHECKPOINTS[0] or path.is_dir() and not any((path / name).exists() for name in FOLDER_FILES):
+        candidates = [(path if path.is_dir() else path.parent) / name for name in CHECKPOINTS]
     for path in candidates:
         try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            names = ("model", "optimizer", "scaler", "step", "epoch", "seen", "config")
-            checkpoint = {name: checkpoint[name] for name in names}
+            weights, rest = read_weights(path)
+            lacking = {"optimizer", "scaler", "step", "epoch", "seen", "config"} - rest.keys()
+            if whole and lacking:
+                raise WeightsError(f"expected a checkpoint of train.py, found no {', '.join(sorted(lacking))} in "
+                                   f"{path}: start from its weights with --init")
             if problems:
-                say(f"{problems[0]}: going on from the checkpoint before, {path}, step {checkpoint['step']:,}")
-            return path, checkpoint
-        except FileNotFoundError:
-            problems.append(f"found no file {path}")
-        except Exception as error:                                    # whatever a foreign or damaged file brings about
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
-            problems.append(f"found something else in {path} ({reason})")
-    raise UserError(f"expected a checkpoint of train.py, {' and '.join(problems)}: give a run's folder or its last.pt")
-
-
-def load_weights(model, weights, path):
-    """Puts weights into the model, all of them or none."""
-    found, expected = ({name: tuple(value.shape) for name, value in w.items()} for w in (weights, model.state_dict()))
-    differ = [f"{name} (expected {expected.get(name)}, found {found.get(name)})"
-              for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
-    if differ:
-        raise UserError(f"expected weights of this --model and --target in {path}, found {len(differ)} names that "
-                        f"differ: {', '.join(differ[:20])}{', ...' * (len(differ) > 20)}: give its own flags")
-    model.load_state_dict(weights)
+                say(f"{problems[0]}; going on from the checkpoint before, {path}, step {rest['step']:,}")
+            return path, rest | {"model": weights}
+        except WeightsError as error:
+            problems.append(error)
+    raise problems[0]
 
 
 def load_encoder(model, weights, path):
@@ -434,7 +493,7 @@ def load_encoder(model, weights, path):
            and getattr(weights.get(name), "shape", None) != value.shape}
     rest = ("decoder.", "encoder_to_decoder.", "mask_token", "prototypes", "projector.", "encoder.norm.", *new)
     left = sorted({name.split(".")[0] for name in weights if name.startswith(rest)} - {"encoder", "head", "fc_norm"})
-    load_weights(model, {name: value for name, value in weights.items() if not name.startswith(rest)} | new, path)
+    fill(model, {name: value for name, value in weights.items() if not name.startswith(rest)} | new, path)
     say(f"weights    of the encoder from {path}" + f"; new: {', '.join(new)}" * bool(new) +
         f"; left out: {', '.join(left)} and the encoder's last norm, as published" * bool(left))
 
@@ -448,6 +507,7 @@ def run(c, given, checkpoint, device):
     if labelled:
         tests = make_clips(c, "val", c.views)
         check_labels(c, clips, tests)
+    teacher = make_teacher(c, device)
     model = make_model(c, device)
     judge = make_judge(c, model, device)
     if before and before.clips != len(clips):
@@ -467,7 +527,7 @@ def run(c, given, checkpoint, device):
     c.steps, c.peak_lr = per_pass * c.epochs // c.repeat, c.lr * c.global_batch / 256
     c.warmup_steps = int(per_pass * min(c.warmup, c.epochs / 8) / c.repeat)     # the recipe's, at most an eighth of all
     parallel = DistributedDataParallel(model) if WORLD > 1 else model    # device_ids would move the masks to the GPU
-    step = make_step(parallel, c, device)
+    step = make_step(parallel, c, device, teacher)
     # Measured before weights are loaded: its forward pass rounds the prototypes once more, and a run that goes on must
     # not differ from one that was never stopped. All ranks take the first one's figure.
     cost = gather(time_batch(step, parallel, c, clips.grid, device))[0] * c.accum              # seconds a step, roughly
@@ -475,7 +535,7 @@ def run(c, given, checkpoint, device):
     if checkpoint and labelled and not before:
         load_encoder(model, checkpoint["model"], c.source)
     elif checkpoint:
-        load_weights(model, checkpoint["model"], given.get("resume", c.source))
+        fill(model, checkpoint["model"], given.get("resume", c.source))
     if before:
         place = Namespace(**{name: checkpoint[name] for name in vars(place)})
         if before.global_batch != c.global_batch:
@@ -521,7 +581,7 @@ def run(c, given, checkpoint, device):
         results = {name: judge(encoder) for name, encoder in (encoders | {"trained": model.encoder}).items() if judge}
     report(c, results, place.step, f"{c.out}/last.pt")
     if RANK == 0:
-        pictures(model, None if labelled else clips, c, device)
+        pictures(model, None if labelled else clips, c, device, teacher)
 
 
 def time_batch(step, parallel, c, grid, device, optimizer=None, repeat=1):
@@ -556,8 +616,9 @@ def fit(model, parallel, step, clips, judge, order, c, checkpoint, place, max_st
 
     def save():
         if RANK == 0:
-            write_checkpoint(out, dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
-                                       scaler=scaler.state_dict(), config=vars(c), **vars(place)))
+            last, before = (out / name for name in CHECKPOINTS)                    # at any moment one of them is whole
+            write_whole(last, dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
+                                   scaler=scaler.state_dict(), config=vars(c), **vars(place)), before)
 
     if RANK == 0:                                                       # lines of steps that are going to be done again
         lines = log.read_text().splitlines(keepends=True) if checkpoint and log.exists() else []
@@ -791,20 +852,23 @@ def report(c, results, step, checkpoint):
 
 
 def use(c, checkpoint, device):
-    """The tasks without training: knn, features, show."""
+    """The tasks without training: knn, features, show, export."""
     weights, out = checkpoint["model"] if checkpoint else {}, Path(c.out)
-    c.classes = len(weights["head.bias"]) if "fc_norm.weight" in weights else None
-    if c.classes and c.task == "show":
-        raise UserError(f"expected the checkpoint of a pretraining run, found a classifier in {c.source}: only "
-                        "pretraining has prototypes to show")
-    model = make_model(c, device).eval()
-    if weights:
-        load_weights(model, weights, c.source)
+    if c.task == "export":
+        return export(c, weights) if RANK == 0 else None
     out.mkdir(parents=True, exist_ok=True)
-    encoder = model if c.classes else model.encoder
     if c.task == "show":
-        clips = make_clips(c, c.split)
-        return pictures(model, clips, c, device) if RANK == 0 else None
+        clips, teacher = make_clips(c, c.split), make_teacher(c, device)
+        model = fill(make_model(c, device).eval(), weights, c.source)
+        return pictures(model, clips, c, device, teacher) if RANK == 0 else None
+    c.classes = c.sizes.get("classes")
+    model = make_model(c, device).eval()
+    left = {name for name in weights if not name.startswith(("encoder.", "fc_norm.", "head."))}
+    if weights:
+        fill(model, {name: value for name, value in weights.items() if name not in left}, c.source)
+        say(f"weights    of the encoder from {c.source}"
+            + f"; left out: {', '.join(sorted({name.split('.')[0] for name in left}))}" * bool(left))
+    encoder = model if c.classes else model.encoder
     if c.task == "knn":
         sets = [make_clips(c, split, c.views) for split in ("train", "val")]
         check_labels(c, *sets)
@@ -812,6 +876,24 @@ def use(c, checkpoint, device):
         return report(c, {"knn": accuracy(nearest_neighbours(train, labels, tests), truth)}, 0, c.source)
     forward = (lambda video: model.encoder(video)) if c.tokens else pooled(encoder)
     write_features(forward, make_clips(c, c.split, c.views), c, device)
+
+
+def export(c, weights):
+    """Writes the weights in another layout into the file c.out; for Hugging Face config.json beside it."""
+    path, left, config = Path(c.out), [], None
+    if c.format == "hf":
+        content, config, left = to_hugging_face(weights, c.sizes, c.frames, c.size)
+    else:
+        content = {"model": to_authors(weights)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if config:
+        if (beside := path.with_name("config.json")).exists():
+            raise UserError(f"expected a folder without config.json for {path}, found one: choose another folder")
+        beside.write_text(json.dumps(config, indent=2) + "\n")
+    write_whole(path, content)
+    say(f"wrote {path}" + " and config.json beside it" * bool(config)
+        + f"; left out: {', '.join(left)}, which have no place there" * bool(left)
+        + f"; from_pretrained looks for {FOLDER_FILES[1]}" * (bool(config) and path.name not in FOLDER_FILES))
 
 
 def write_features(forward, views, c, device):
@@ -842,7 +924,7 @@ COLOURS = torch.tensor([[230, 25, 75], [60, 180, 75], [255, 225, 25], [0, 130, 2
                         [70, 240, 240], [250, 190, 212]], dtype=torch.uint8)
 
 
-def pictures(model, clips, c, device):
+def pictures(model, clips, c, device, teacher=None):
     """Writes what can be seen of a run into its folder. clips: pretraining's, or None for a Classifier."""
     out = Path(c.out)
     written = draw_curve(out / "curve.png", out / "log.jsonl")
@@ -850,8 +932,8 @@ def pictures(model, clips, c, device):
         written += show_masks(out / "masks.png", clips)
         written += show_components(out / "components.png", model.encoder, clips, device)
     if clips and c.target != "pixel":
-        written += show_prototypes(out / "prototypes.png", model, clips, device)
-        written += show_clusters(out / "clusters.png", out / "clusters.mp4", model, clips, device)
+        written += show_prototypes(out / "prototypes.png", model, clips, device, teacher)
+        written += show_clusters(out / "clusters.png", out / "clusters.mp4", model, clips, device, teacher)
     if written:
         say("wrote " + ", ".join(map(str, written)))
 
@@ -895,20 +977,21 @@ def show_components(path, encoder, clips, device):
     return strip(path, [(video, paint(colour, clips)) for video, colour in zip(videos, colours)])
 
 
-def nearest_prototypes(model, video, device):
+def nearest_prototypes(model, video, device, teacher=None):
     """For all tubes of clips (B, 3, T, S, S) uint8: cosine to the nearest prototype and its number, (B, N) each, as the
     projection network sees them."""
     everything = torch.arange(math.prod(video.shape[2:]) // math.prod(model.encoder.tube), device=device)
-    features = model.embed(normalise(video, device), everything.expand(len(video), -1))                          # B N E
+    video = normalise(video, device)
+    features = model.embed(video, everything.expand(len(video), -1), teacher(video) if teacher else None)        # B N E
     return [part.view(features.shape[:2]).cpu() for part in model.compare(features, features)[1].max(dim=1)]
 
 
 @torch.no_grad()
-def show_prototypes(path, model, clips, device, number=12, nearest=8):
+def show_prototypes(path, model, clips, device, teacher=None, number=12, nearest=8):
     """For some prototypes, from much to little used, a row of the real tubes nearest to it, from different clips."""
     found = []
     for video, *_ in loader(clips, 8, sample(clips, 256), workers=0):
-        found.append((take_tubes(video, clips.tube), *nearest_prototypes(model, video, device)))
+        found.append((take_tubes(video, clips.tube), *nearest_prototypes(model, video, device, teacher)))
     tubes, cosine, prototype = (torch.cat(parts) for parts in zip(*found))                         # m N 3 p q r and m N
     use = prototype.flatten().bincount(minlength=len(model.prototypes))
     rows = []
@@ -936,10 +1019,10 @@ def group_prototypes(prototypes, members, number=8, rounds=20):
 
 
 @torch.no_grad()
-def show_clusters(path, film, model, clips, device):
+def show_clusters(path, film, model, clips, device, teacher=None):
     """Three clips, and below each (in the film: beside it) the same with each tube in the colour of its prototype."""
     videos = torch.stack([clips[key][0][0] for key in sample(clips, 3)])
-    prototype = torch.cat([nearest_prototypes(model, video[None], device)[1] for video in videos])
+    prototype = torch.cat([nearest_prototypes(model, video[None], device, teacher)[1] for video in videos])
     group = group_prototypes(F.normalize(model.prototypes.cpu(), dim=1), prototype.unique())
     pairs = [(video, video // 3 + paint(COLOURS[group[tubes]], clips) // 3 * 2)
              for video, tubes in zip(videos, prototype)]
@@ -1024,7 +1107,8 @@ def time_loading(clips):
 
 def bench(c, given, device):
     """Prints how fast the loader, a training step and Sinkhorn are on this machine. Trains nothing, writes no run."""
-    model, rows, loading = make_model(c, device), [], None
+    teacher, rows, loading = make_teacher(c, device, load=bool(c.teacher)), [], None
+    model = make_model(c, device)
     try:
         clips = make_clips(c, cache=None)
         loading, naive = time_loading(clips)
@@ -1042,16 +1126,20 @@ def bench(c, given, device):
     product = 2 * side ** 3 / seconds(lambda: large @ large, device)                            # operations a second
     mask = tube_mask(1, grid, c.ratio)
     with FlopCounterMode(display=False) as counter:              # of one clip, nothing computed twice, before compiling
-        build_model(c.model, target=c.target).to(device)(
-            torch.zeros(1, 3, c.frames, c.size, c.size, device=device), mask)[0].backward()
+        video = torch.zeros(1, 3, c.frames, c.size, c.size, device=device)
+        SIGMA(**c.sizes).to(device)(video, mask, teacher(video) if teacher else None)[0].backward()
     work = counter.get_total_flops()
-    training = c.batch_size / time_batch(make_step(model, c, device), model, c, grid, device, make_optimizer(model),
-                                         repeat=5)                                                     # clips a second
+    step = time_batch(make_step(model, c, device, teacher), model, c, grid, device, make_optimizer(model), repeat=5)
+    training = c.batch_size / step                                                                     # clips a second
     rows.append(("training step", f"{training:,.2f} clips/s", f"{c.model}, {c.target}, batch {c.batch_size}, "
                  f"{str(large.dtype).removeprefix('torch.')}"))
     rows += [("arithmetic", f"{work / 1e9:,.2f} GFLOP/clip", "forward and backward, matrix products"),
              ("share of matrix product", f"{work * training / product:.0%}",
               f"of {product / 1e9:,.0f} GFLOP/s, {side} x {side}")]
+    if teacher:
+        video = video.expand(c.batch_size if gpu else 1, -1, -1, -1, -1)
+        share = seconds(lambda: teacher(video), device) * c.batch_size / len(video) / step
+        rows.append(("teacher", f"{share:.0%}", "of the step's time: frozen, float32, first frame of each tubelet"))
     if c.target != "pixel":
         n, k = int(mask.sum()) * c.batch_size, len(model.prototypes)
         scores, vector = 2 * torch.rand(n, k, device=device) - 1, torch.rand(k, device=device)
@@ -1094,12 +1182,12 @@ def main(argv=None):
         else:
             use(c, checkpoint, device)
         return 0
-    except (UserError, RunError, OSError, RuntimeError) as error:
+    except (UserError, WeightsError, RunError, OSError, RuntimeError) as error:
         known = {"DataLoader worker": "a loader worker was killed, often for want of memory: lower --workers",
                  "out of memory": "a batch did not fit into memory: lower --batch-size",
                  "inductor": "the blocks can't be compiled, is there a C++ compiler? leave out --compile",
                  "onnection": "another process of the run is gone: its own message says why"}
-        if not isinstance(error, (UserError, RunError, OSError)):
+        if not isinstance(error, (UserError, WeightsError, RunError, OSError)):
             known = [sentence for part, sentence in known.items() if part in str(error)]
             if not known:
                 raise
@@ -1107,10 +1195,11 @@ def main(argv=None):
         if RANK:                            # what all ranks find wrong the first one says, and torchrun ends the others
             time.sleep(3)
         print(f"error{f' on rank {RANK}' if RANK else ''}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+        return 2 if isinstance(error, (UserError, WeightsError)) else 1
     finally:
         kill_workers()
         if dist.is_initialized():
+            time.sleep(0.1)    # gloo's threads may need Python to free their last tensors: torch 2.6 would wait forever
             dist.destroy_process_group()
 
 
