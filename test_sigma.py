@@ -1815,7 +1815,7 @@ def test_published_weights_start_any_task_and_contradictions_stop(here, capsys):
 def test_each_python_snippet_of_the_readme_runs_and_prints_what_it_says(here):
     assert train.main(["--epochs", "1", "--batch-size", "32"]) == 0                 # one starts from out/toy-tiny-mlp
     snippets = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-    assert len(snippets) == 3
+    assert len(snippets) == 4
     for snippet in snippets:
         with redirect_stdout(io.StringIO()) as text:
             exec(snippet, {})
@@ -1827,7 +1827,11 @@ def test_each_evaluation_command_of_the_readme_runs(here):
     assert train.main(["--max-steps", "2", "--batch-size", "16", "--out", "out/toy-tiny-mlp-readme"]) == 0
     readme = (HERE / "README.md").read_text()
     commands = re.findall(r"^python train.py (--task .*--init out/toy-tiny-mlp.*)$", readme, re.M)
-    assert [command.split()[1] for command in commands] == ["knn", "probe", "finetune", "finetune", "features", "show"]
+    assert [command.split()[1] for command in commands] == ["knn", "probe", "finetune", "finetune", "features", "show",
+                                                                "export"]
     for i, command in enumerate(commands):
         words = command.replace("out/toy-tiny-mlp", "out/toy-tiny-mlp-readme").replace("819", "16").split()
-        assert train.main([*words, "--epochs", "1", "--batch-size", "16", "--out", f"out/readme-{i}"]) == 0, command
+        if words[1] != "export":
+            words += ["--epochs", "1", "--batch-size", "16", "--out", f"out/readme-{i}"]
+        assert train.main(words) == 0, command
+    assert json.loads(Path("out/hf/config.json").read_text())["num_frames"] == 8
