@@ -1667,7 +1667,7 @@ def network(kind):
     return trained(small({"dino": "dino", "ForPreTraining": "pixel", "pixel": "pixel"}.get(kind, "mlp")))
 
 
-LAYOUTS = ["ours", "our fine-tuned", "mlp", "dino", "pixel", "fine-tuned", "Model", "ForPreTraining",
+FILES = ["ours", "our fine-tuned", "mlp", "dino", "pixel", "fine-tuned", "Model", "ForPreTraining",
            "ForVideoClassification"]
 
 
@@ -1686,7 +1686,7 @@ def save_as(kind, model, path):
     torch.save(content, path)
 
 
-@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("kind", FILES)
 def test_weights_in_every_layout_give_the_same_network(kind, tmp_path):
     model, (video, mask) = network(kind), batch(2)
     save_as(kind, model, tmp_path / "weights.pt")
