@@ -294,11 +294,11 @@ def load_teacher(weights, grid, tube, heads=None):
         raise WeightsError(f"expected as many tubes down as across for DINO, found {grid[1]} x {grid[2]}: take square "
                            "clips and tubes")
     weights = {name: value for name, value in weights.items() if not name.startswith("head.")}    # of its own training
-    differ = [name for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
-              if name not in weights]
-    if differ:
-        raise WeightsError(f"expected a ViT with DINO's names as teacher, found no {', '.join(differ)}: give the file "
-                           "of the backbone alone")
+    lacking = [name for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
+               if name not in weights]
+    if lacking or math.isqrt(weights["pos_embed"].shape[1] - 1) ** 2 != weights["pos_embed"].shape[1] - 1:
+        raise WeightsError("expected a ViT with DINO's names and a square of positions as teacher, found no "
+                           f"{', '.join(lacking) or 'square'}: give the file of the backbone alone")
     (width, _, patch, _), depth = weights["patch_embed.proj.weight"].shape, blocks_in(weights, "blocks.")
     vit = VisionTransformer(image_size=patch * grid[1], patch_size=patch, num_layers=depth, hidden_dim=width,
                             num_heads=heads or max(1, width // 64), mlp_dim=len(weights["blocks.0.mlp.fc1.weight"]))

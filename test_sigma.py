@@ -1615,6 +1615,7 @@ def test_without_network_or_with_another_teacher_one_sentence_says_what_to_do(he
     for arguments, message in ((["dino"], "dino_vitbase16_pretrain.pth, found <urlopen error no network>: download"),
                                (["dino", "--teacher", "nowhere"], "found no file nowhere"),
                                (["dino", "--teacher", "small.pth"], "768 wide for --target dino, found 384 in small"),
+                               (["mlp", "--teacher", "small.pth"], "expected --target dino or dino-s with --teacher"),
                                (["dino", "--teacher", "other.pth"], "found no cls_token")):
         assert train.main(["--out", "never", "--target", *arguments]) == 2
         assert message in capsys.readouterr().err

@@ -184,6 +184,8 @@ def configure(given):
         raise UserError(f"expected --root with --data {', '.join(SETS)}, found it with {config['data']}: leave it out")
     if out.exists() and not out.is_dir():
         raise UserError(f"expected a folder as --out, found the file {out}: choose another name")
+    if config["teacher"] and config["target"] not in DINO:
+        raise UserError(f"expected --target dino or dino-s with --teacher, found {config['target']}: leave one out")
     if not re.fullmatch(r"[1-9]\d?x[1-9]", config["views"]):
         raise UserError(f"expected --views as clips x crops, like 5x3, found {config['views']}: give two numbers")
     if config["flip"] == "on" and config["data"] == "ssv2":
@@ -248,9 +250,9 @@ def make_model(c, device):
     return model.to(device)
 
 
-def make_teacher(c, device, load=True):
-    """The frozen teacher of DINO's targets, else None. load: False for random weights, to time it. Makes the prototypes
-    as wide as the teacher. One process of each machine downloads; the others wait for it. Raises UserError."""
+def make_teacher(c, device, load=True, width_is_free=False):
+    """The frozen teacher of DINO's targets, else None. load: False for random weights, to time it. width_is_free: makes
+    new prototypes as wide as --teacher. One process of each machine downloads; the others wait. Raises UserError."""
     if c.target not in DINO or c.task not in ("pretrain", "show"):
         return None
     grid = [size // step for size, step in zip((c.frames, c.size, c.size), c.sizes["tube"])]
@@ -275,7 +277,7 @@ def make_teacher(c, device, load=True):
                                 "and say where it is with --teacher FILE")
         teacher = load_teacher(weights, grid, c.sizes["tube"])
     others = {name for name, (theirs, *_) in DINO.items() if theirs == teacher.dim and name != c.target}
-    if others or c.source != "untrained" and teacher.dim != c.sizes["target_dim"]:
+    if others or teacher.dim != c.sizes["target_dim"] and not width_is_free:
         raise UserError(f"expected a teacher {c.sizes['target_dim']} wide for --target {c.target}, found {teacher.dim} "
                         f"in {c.teacher}: give another --teacher or --target")
     c.sizes["target_dim"] = teacher.dim
@@ -507,7 +509,7 @@ def run(c, given, checkpoint, device):
     if labelled:
         tests = make_clips(c, "val", c.views)
         check_labels(c, clips, tests)
-    teacher = make_teacher(c, device)
+    teacher = make_teacher(c, device, width_is_free=not checkpoint)
     model = make_model(c, device)
     judge = make_judge(c, model, device)
     if before and before.clips != len(clips):
@@ -1107,7 +1109,7 @@ def time_loading(clips):
 
 def bench(c, given, device):
     """Prints how fast the loader, a training step and Sinkhorn are on this machine. Trains nothing, writes no run."""
-    teacher, rows, loading = make_teacher(c, device, load=bool(c.teacher)), [], None
+    teacher, rows, loading = make_teacher(c, device, bool(c.teacher), width_is_free=True), [], None
     model = make_model(c, device)
     try:
         clips = make_clips(c, cache=None)
