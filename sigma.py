@@ -542,7 +542,8 @@ def renamed(weights, pairs):
 
 def blocks_in(weights, prefix):
     """The number of blocks whose names begin with the prefix."""
-    return 1 + max((int(name[len(prefix):].split(".")[0]) for name in weights if name.startswith(prefix)), default=-1)
+    found = (re.match(re.escape(prefix) + r"(\d+)\.", name) for name in weights)
+    return 1 + max((int(match[1]) for match in found if match), default=-1)
 
 
 def fill(model, weights, source="the file"):

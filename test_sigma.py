@@ -1588,6 +1588,17 @@ def test_dino_is_downloaded_once_as_weights_alone_and_against_its_hash(tmp_path,
     assert asked == [(sigma.DINO["dino"][1], "bf34ad0f424b9029")] and first.keys() == second.keys()
 
 
+@pytest.mark.parametrize("rank, expected", [("0", ["download", "all"]), ("1", ["all", "download"])])
+def test_one_process_of_each_machine_downloads_while_the_others_wait(rank, expected, monkeypatch):
+    done, width = [], {"target_dim": 768, "tube": (2, 16, 16)}
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr(train, "gather", lambda thing: done.append("all") or [thing])
+    monkeypatch.setattr(train, "download_dino", lambda name: done.append("download") or dino_weights(768, depth=1))
+    c = argparse.Namespace(target="dino", task="pretrain", frames=2, size=32, sizes=width, teacher=None)
+    train.make_teacher(c, torch.device("cpu"))
+    assert done[:2] == expected and done.count("download") == 1
+
+
 def test_training_with_the_teacher_keeps_it_out_of_the_checkpoint_and_goes_on_with_two_processes(here, capsys):
     torch.save(dino_weights(384, depth=1, side=14), "dino.pth")
     common = ["--target", "dino-s", "--teacher", "dino.pth", "--batch-size", "16", "--epochs", "3"]

@@ -265,14 +265,14 @@ def make_teacher(c, device, load=True, width_is_free=False):
         teacher = load_teacher(read_file(c.teacher)[0], grid, c.sizes["tube"])
     else:
         socket.setdefaulttimeout(30)                              # a network that swallows requests must not stop a run
-        for first in (True, False):
+        for turn in ("first", "others"):                        # the others find in the cache what the first one loaded
+            problem = ""
             try:
-                problem = None
-                if (os.environ.get("LOCAL_RANK", "0") == "0") == first:
+                if turn == ("first" if os.environ.get("LOCAL_RANK", "0") == "0" else "others"):
                     weights = download_dino(c.target)
             except (OSError, RuntimeError) as error:
-                problem = error
-            if problem := next(filter(None, gather(problem and str(problem))), None):
+                problem = str(error)
+            if problem := max(gather(problem)):
                 raise UserError(f"expected DINO's weights from {url}, found {problem}: download that file elsewhere "
                                 "and say where it is with --teacher FILE")
         teacher = load_teacher(weights, grid, c.sizes["tube"])
