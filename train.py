@@ -168,28 +168,30 @@ def configure(given):
         if task == "export":
             config |= {name: before.get(name, VIDEO[name]) for name in ("frames", "size")}
     config |= {name: value for name, value in given.items() if name not in once}
-    if config["task"] == "export":
-        if Path(config["out"]).exists() or Path(config["out"]).suffix not in (".bin", ".pt", ".pth"):
-            raise UserError("expected the name of a new file, .bin, .pt or .pth, as --out, found "
-                            f"{config['out']}: choose another")
-        return config, checkpoint
     name = f"{Path(config['data']).resolve().stem}-{config['model']}-{config['target']}"
     config = {"out": f"out/{name}" + f"-{config['task']}" * (config["task"] != "pretrain")} | config
-    out = Path(config["out"])
-    resumed = "resume" in given and out.samefile(path.parent)
-    if any((out / name).exists() for name in CHECKPOINTS) and not resumed and "bench" not in given:
-        raise UserError(f"expected a new folder for a new run, found a checkpoint in {out}: go on with --resume {out}, "
-                        "or choose another --out")
-    if config["root"] and config["data"] not in SETS:
-        raise UserError(f"expected --root with --data {', '.join(SETS)}, found it with {config['data']}: leave it out")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"expected a folder as --out, found the file {out}: choose another name")
-    if config["teacher"] and config["target"] not in DINO:
-        raise UserError(f"expected --target dino or dino-s with --teacher, found {config['target']}: leave one out")
-    if not re.fullmatch(r"[1-9]\d?x[1-9]", config["views"]):
-        raise UserError(f"expected --views as clips x crops, like 5x3, found {config['views']}: give two numbers")
-    if config["flip"] == "on" and config["data"] == "ssv2":
-        raise UserError("expected --flip off with ssv2, found on: left and right are labels there")
+    c, out, task = Namespace(**config), Path(config["out"]), config["task"]
+    fresh = "bench" not in given and not ("resume" in given and out.samefile(path.parent))
+    for wrong, message in (
+            (task == "export" and (out.exists() or out.suffix not in (".bin", ".pt", ".pth")),
+             f"the name of a new file, .bin, .pt or .pth, as --out, found {out}: choose another"),
+            (fresh and any((out / name).exists() for name in CHECKPOINTS),
+             f"a new folder for a new run, found a checkpoint in {out}: --resume {out}, or choose another --out"),
+            (out.exists() and not out.is_dir(), f"a folder as --out, found the file {out}: choose another name"),
+            (c.root and c.data not in SETS,
+             f"--root with --data {', '.join(SETS)}, found it with {c.data}: leave it out"),
+            (c.teacher and c.target not in DINO,
+             f"--target dino or dino-s with --teacher, found {c.target}: leave one out"),
+            (not re.fullmatch(r"[1-9]\d?x[1-9]", c.views),
+             f"--views as clips x crops, like 5x3, found {c.views}: give two numbers"),
+            (c.flip == "on" and c.data == "ssv2",
+             "--flip off with ssv2, found on: left and right are labels there"),
+            ("bench" in given and WORLD > 1,
+             f"--bench in one process, found {WORLD}: run it without torchrun"),
+            ("bench" in given and task != "pretrain",
+             f"--bench with --task pretrain, found {task}: leave one of them out")):
+        if wrong:
+            raise UserError(f"expected {message}")
     return config, checkpoint
 
 
@@ -1168,10 +1170,6 @@ def main(argv=None):
     try:
         config, checkpoint = configure(given)
         c = Namespace(**config)
-        if "bench" in given and WORLD > 1:
-            raise UserError(f"expected --bench in one process, found {WORLD}: run it without torchrun")
-        if "bench" in given and c.task != "pretrain":
-            raise UserError(f"expected --bench with --task pretrain, found {c.task}: leave one of them out")
         device = set_up()
         if c.data == "toy":
             if RANK == 0:
