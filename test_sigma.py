@@ -29,7 +29,7 @@ from einops import rearrange
 import data
 import sigma
 import train
-from data import Clips, Order, UserError, VideoError, collate, decode, find_videos, normalise, pretraining_frames
+from data import Clips, Order, UserError, VideoError, decode, find_videos, normalise, pretraining_frames
 from sigma import SIGMA, Classifier, Encoder, build_model, sinkhorn, split_mask, symmetric_loss, take_tubes, tube_mask
 
 HERE = Path(__file__).parent

@@ -889,12 +889,12 @@ def export(c, weights):
         content, config, left = to_hugging_face(weights, c.sizes, c.frames, c.size)
     else:
         content = {"model": to_authors(weights)}
+    if config and path.with_name("config.json").exists():
+        raise UserError(f"expected a folder without config.json for {path}, found one: choose another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if config:
-        if (beside := path.with_name("config.json")).exists():
-            raise UserError(f"expected a folder without config.json for {path}, found one: choose another folder")
-        beside.write_text(json.dumps(config, indent=2) + "\n")
     write_whole(path, content)
+    if config:
+        path.with_name("config.json").write_text(json.dumps(config, indent=2) + "\n")
     say(f"wrote {path}" + " and config.json beside it" * bool(config)
         + f"; left out: {', '.join(left)}, which have no place there" * bool(left)
         + f"; from_pretrained looks for {FOLDER_FILES[1]}" * (bool(config) and path.name not in FOLDER_FILES))
