@@ -2,23 +2,21 @@
 
 Paper: Salehi, Dorkenwald, Thoker, Gavves, Snoek, Asano, ECCV 2024, arXiv 2407.15447.
 
-    model = build_model("base")                                 # or SIGMA(dim=..., ...) for any size
-    video = torch.randn(2, 3, 16, 224, 224)                     # normalised with ImageNet's mean and deviation
-    loss, stats = model(video, tube_mask(2, (8, 14, 14)))       # pretrain: 90% of the tubes are hidden
-    features = model.encoder(video)                             # use: (2, 1568, 768), one token for each tube
-    model = load_model("checkpoint.pth")                        # published weights, or a run's: see load_model
+    model = build_model("base")                            # or SIGMA(dim=..., ...) for any size
+    video = torch.randn(2, 3, 16, 224, 224)                # normalised with ImageNet's mean and std
+    loss, stats = model(video, tube_mask(2, (8, 14, 14)))  # pretrain: 90% of the tubes are hidden
+    features = model.encoder(video)                        # use: (2, 1568, 768), a token per tube
+    model = load_model("checkpoint.pth")                   # the authors', VideoMAE's or your own
 
-`python sigma.py` walks one clip through the method and prints each step. The parts stand in order, small to large;
-each can be copied together with the parts it names. `tube_mask`, `sinkhorn` and `symmetric_loss` need torch alone.
+`python sigma.py` walks one clip through the method and prints each step. The parts are defined
+from small to large; `tube_mask`, `sinkhorn` and `symmetric_loss` can each be copied on their own.
 
-Shapes    B clips of 3 x T x H x W pixels    N tubes of a clip = V visible + M hidden    P pixel values of a tube
-          D width of the tokens              E width of features and prototypes          K prototypes
+Shapes   B clips of 3 x T x H x W pixels   N tubes of a clip = V visible + M hidden
+         D width of a token   E width of features and prototypes   K prototypes   P values of a tube
 """
 import argparse
-import json
 import math
 import re
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -27,74 +25,82 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-# --- Tubes: the clip in pieces of 2 frames x 16 x 16 pixels, where each one stands, and which are hidden --------------
+class UserError(Exception):
+    """A user's error: the scripts show its one sentence, without a traceback, and exit with 2."""
 
-@cache                                                # made once for each size and device; never trained, never saved
+
+# --- Tubes: a clip in pieces of 2 frames x 16 x 16 pixels, their positions, which are hidden ------
+
 def positions(n, dim, device=None):
-    """Fixed sinusoids of the tubes' flattened (t h w) index, (n, dim) float32: even columns sine, odd columns cosine.
+    """Fixed sinusoids over the flattened (t h w) index of a tube: (n, dim) float32, never trained.
 
-    Row p is the same for every n: a longer clip has more rows. Don't write into the result: all callers share it.
+    angle(p, j) = p / 10000^(2 floor(j/2) / dim); even columns j are sines, odd ones cosines.
     """
-    column = torch.arange(dim)
-    frequency = 10000 ** (-2 * (column // 2).double() / dim)
-    angle = torch.arange(n, dtype=torch.float64)[:, None] * frequency                                            # n dim
-    return torch.where(column % 2 == 0, angle.sin(), angle.cos()).float().to(device)
+    frequency = 10000 ** (-2 * torch.arange((dim + 1) // 2, device=device).double() / dim)
+    angle = torch.arange(n, device=device)[:, None] * frequency  # n dim/2
+    return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)[:, :dim].float()  # n dim
 
 
 def tube_mask(batch, grid, ratio=0.9, generator=None):
-    """Random tube masks (paper, method section; VideoMAE): (batch, t*h*w) bool on the CPU, True where hidden.
+    """Random tube masks (paper, method section; VideoMAE): (batch, t*h*w) bool, True where hidden.
 
-    Each clip hides int(ratio * h*w) places of its own choice, the same in all t time slices, so that a hidden tube
-    can't be copied from the slice before. Every clip hides the same number: the visible ones form one dense batch.
-    grid: the clip's size (t, h, w) in tubes. ratio: above 0, below 1. generator: a torch.Generator on the CPU.
+    Each clip hides int(ratio * h*w) positions of its own, the same in all t time slices, so that a
+    hidden tube can't be copied from the slice before. All clips hide the same number: their visible
+    tubes form one dense batch. grid: the clip's size (t, h, w) in tubes. ratio: between 0 and 1.
+    generator: a torch.Generator on the CPU. Raises ValueError if nothing or everything is hidden.
     """
     t, h, w = grid
     hidden = int(ratio * h * w)
     if not 0 < hidden < h * w:
-        raise ValueError(f"a mask must hide some places and leave some: ratio {ratio} hides {hidden} of {h * w}")
-    places = torch.rand(batch, h * w, generator=generator).argsort(dim=1)[:, :hidden]
-    return torch.zeros(batch, h * w, dtype=torch.bool).scatter_(1, places, True).repeat(1, t)                      # B N
+        raise ValueError(f"a mask must hide some tubes of a slice and leave some, but ratio {ratio} "
+                         f"hides {hidden} of {h * w}")
+    chosen = torch.rand(batch, h * w, generator=generator).argsort(dim=1)[:, :hidden]
+    mask = torch.zeros(batch, h * w, dtype=torch.bool).scatter_(1, chosen, True)  # one slice
+    return mask.repeat(1, t)  # B N
 
 
-def split_mask(mask, device):
-    """Mask (B, N), True where hidden -> indices of the visible tubes (B, V) and of the hidden ones (B, M), ascending.
+def split_mask(mask, device=None):
+    """Mask (B, N), True where hidden -> indices of visible (B, V) and of hidden tubes (B, M).
 
-    Python must know how many are hidden. A mask on the CPU tells at once; one on a GPU makes the program wait for it.
+    Give the mask on the CPU: V and M are Python numbers, and a mask on a GPU would make us wait.
     """
     hidden = mask.bool().sum(dim=1).tolist()
     if len(set(hidden)) != 1:
-        raise ValueError(f"every clip of a batch must hide the same number of tubes, found {sorted(set(hidden))}")
-    order = mask.to(device, non_blocking=True).bool().byte().argsort(dim=1, stable=True)            # visible ones first
-    return order.split([mask.shape[1] - hidden[0], hidden[0]], dim=1)
+        raise ValueError(f"all clips of a batch must hide the same number of tubes, not {hidden}")
+    mask = mask.to(device, non_blocking=True)
+    order = mask.byte().argsort(dim=1, stable=True)  # visible ones first, both in ascending order
+    return order[:, :mask.shape[1] - hidden[0]], order[:, mask.shape[1] - hidden[0]:]
 
 
 def take_tubes(video, tube, index=None):
-    """The tubes of a video (B, 3, T, H, W) at index (B, n), or all of them: (B, n, 3, p, q, r), tube = (p, q, r)."""
+    """Video (B, 3, T, H, W) -> its tubes at index (B, n), or all: (B, n, 3, p, q, r).
+
+    tube: the size (p, q, r) of one, in frames, rows and columns; it must divide the video's.
+    """
     if any(size % step for size, step in zip(video.shape[2:], tube)):
-        raise ValueError(f"frames, height and width must be divisible by the tube {tuple(tube)}, "
-                         f"found {tuple(video.shape[2:])}: resize the clip or choose another tube")
+        raise ValueError(f"a clip of {tuple(video.shape[2:])} frames, rows and columns can't be cut "
+                         f"into tubes of {tuple(tube)}: each must divide evenly")
     p, q, r = tube
-    cut = rearrange(video, "b c (t p) (h q) (w r) -> b t h w c p q r", p=p, q=q, r=r)      # a view: nothing is copied
+    grid = rearrange(video, "b c (t p) (h q) (w r) -> b t h w c p q r", p=p, q=q, r=r)  # a view
     if index is None:
-        return rearrange(cut, "b t h w c p q r -> b (t h w) c p q r")
-    (h, w), clip = cut.shape[2:4], torch.arange(len(video), device=video.device)[:, None]
-    return cut[clip, index // (h * w), index // w % h, index % w]                                          # B n 3 p q r
+        return grid.flatten(1, 3)  # B N 3 p q r
+    (h, w), clip = grid.shape[2:4], torch.arange(len(video), device=video.device)[:, None]
+    return grid[clip, index // (h * w), index // w % h, index % w]  # B n 3 p q r
 
 
 def standardise(x, dim):
-    """Zero mean and unit variance (unbiased) along dim; 1e-6 keeps constant tubes finite."""
+    """Zero mean and unit (unbiased) variance along dim; 1e-6 keeps constant tubes finite."""
     return (x - x.mean(dim, keepdim=True)) / (x.std(dim, keepdim=True) + 1e-6)
 
 
-# --- The video model: a ViT that sees the visible tubes, a light decoder that predicts features of the hidden ones ----
+# --- The video model: a ViT sees the visible tubes, a light decoder predicts features of the rest -
 
 class Attention(nn.Module):
-    """Multi-head self-attention over (B, n, dim). Queries and values have a bias, keys have none."""
+    """Multi-head self-attention over (B, n, D). Queries and values have a bias, keys have none."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -106,10 +112,10 @@ class Attention(nn.Module):
 
     def forward(self, x):
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias)                                                                # B n 3D
-        q, k, v = rearrange(qkv, "b n (three heads d) -> three b heads n d", three=3, heads=self.heads)
-        x = F.scaled_dot_product_attention(q, k, v)                                                       # B heads n d
-        return self.proj(rearrange(x, "b heads n d -> b n (heads d)"))                                           # B n D
+        qkv = F.linear(x, self.qkv.weight, bias)  # B n 3D
+        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        x = F.scaled_dot_product_attention(q, k, v)  # B heads n d
+        return self.proj(rearrange(x, "b h n d -> b n (h d)"))  # B n D
 
 
 class MLP(nn.Module):
@@ -125,8 +131,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. drop_path (stochastic depth): how often, in training, a clip skips one of its halves;
-    0 in pretraining, the kept ones are scaled so that the mean stays."""
+    """Pre-norm transformer block."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -134,76 +139,65 @@ class Block(nn.Module):
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim)
-        self.drop_path = 0.0
-
-    def skip(self, half):
-        if not self.training or self.drop_path == 0:
-            return half
-        return half * F.dropout(half.new_ones(len(half), 1, 1), self.drop_path)                  # one number for a clip
 
     def forward(self, x):
-        x = x + self.skip(self.attn(self.norm1(x)))
-        return x + self.skip(self.mlp(self.norm2(x)))
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
 
 
-class TubeEmbedding(nn.Module):
-    """A Conv3d whose kernel and stride are one tube, computed as a linear layer of just the tubes it is given."""
-
-    def __init__(self, dim, tube):
-        super().__init__()
-        self.proj = nn.Conv3d(3, dim, kernel_size=tube, stride=tube)
-
-    def forward(self, tubes):                                                                             # B n 3 p q r
-        return F.linear(tubes.flatten(2), self.proj.weight.flatten(1), self.proj.bias)                           # B n D
-
-
-def init_linear(module):
-    """Xavier-uniform weights and zero biases for every linear layer within; LayerNorm already starts at 1 and 0."""
-    for layer in (layer for layer in module.modules() if isinstance(layer, nn.Linear)):
-        nn.init.xavier_uniform_(layer.weight)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
-
-
-def run(blocks, x, recompute):
-    """Tokens (B, n, dim) through the blocks. With recompute a block's activations are not kept for the backward pass
-    but computed again in it: a third more arithmetic, memory for one block instead of for all."""
+def run_blocks(blocks, x, recompute):
+    """Tokens (B, n, D) through the blocks. recompute: activations are computed again in the
+    backward pass instead of kept, a third more arithmetic for the memory of one block."""
     for block in blocks:
         x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
     return x
 
 
-class Encoder(nn.Module):
-    """ViT on space-time tubes. Without a mask it embeds all tubes; with one, it never touches the hidden ones."""
+def init_linear(module):
+    """Xavier-uniform weights and zero biases in all linear layers; LayerNorms start at 1 and 0."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
-    def __init__(self, *, dim, depth, heads, tube=(2, 16, 16), norm=True):
+
+class TubeEmbedding(nn.Module):
+    """A Conv3d with the tube as kernel and stride, computed as a linear layer on chosen tubes."""
+
+    def __init__(self, dim, tube):
         super().__init__()
-        self.tube, self.dim, self.recompute = tuple(tube), dim, False
+        self.proj = nn.Conv3d(3, dim, kernel_size=tube, stride=tube)
+
+    def forward(self, tubes):  # B n 3 p q r
+        return F.linear(tubes.flatten(2), self.proj.weight.flatten(1), self.proj.bias)  # B n D
+
+
+class Encoder(nn.Module):
+    """ViT on space-time tubes. Given the visible ones, it never touches the hidden ones."""
+
+    def __init__(self, *, dim, depth, heads, tube=(2, 16, 16)):
+        super().__init__()
+        self.dim, self.tube, self.recompute = dim, tuple(tube), False
         self.patch_embed = TubeEmbedding(dim, self.tube)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-6) if norm else nn.Identity()
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
         init_linear(self)
 
-    def forward(self, video, mask=None):
-        """video (B, 3, T, H, W), each size divisible by the tube's; mask (B, N) bool, True where hidden.
+    def forward(self, video, visible=None):
+        """video (B, 3, T, H, W), of any size that the tube divides; visible (B, V), see split_mask.
 
-        Returns the final tokens, (B, N, D) without a mask, (B, V, D) with one; tubes count in (t h w) order.
+        Returns the tokens of all tubes (B, N, D) in (t h w) order, or of the visible ones (B, V, D).
         """
-        if mask is None:
-            tubes = take_tubes(video, self.tube)                                                          # B N 3 p q r
-            x = self.patch_embed(tubes) + positions(tubes.shape[1], self.dim, video.device)                      # B N D
-        else:
-            expected = (len(video), math.prod(video.shape[2:]) // math.prod(self.tube))
-            if mask.shape != expected:
-                raise ValueError(f"the mask of these clips must have the shape {expected}, found {tuple(mask.shape)}")
-            visible, _ = split_mask(mask, video.device)                                                            # B V
-            place = positions(mask.shape[1], self.dim, video.device)                                               # N D
-            x = self.patch_embed(take_tubes(video, self.tube, visible)) + place[visible]                         # B V D
-        return self.norm(run(self.blocks, x, self.recompute))
+        n = math.prod(video.shape[2:]) // math.prod(self.tube)
+        place = positions(n, self.dim, video.device)  # N D
+        tokens = self.patch_embed(take_tubes(video, self.tube, visible))
+        tokens = tokens + (place if visible is None else place[visible])
+        return self.norm(run_blocks(self.blocks, tokens, self.recompute))
 
 
 class Decoder(nn.Module):
-    """Light transformer on all tokens (B, N, D), the hidden ones last; its head returns (B, M, E) for those alone."""
+    """Light transformer on tokens (B, N, D') with the M hidden ones last -> their (B, M, E)."""
 
     def __init__(self, *, dim, depth, heads, out):
         super().__init__()
@@ -214,13 +208,13 @@ class Decoder(nn.Module):
         init_linear(self)
 
     def forward(self, x, hidden):
-        return self.head(self.norm(run(self.blocks, x, self.recompute)[:, -hidden:]))
+        return self.head(self.norm(run_blocks(self.blocks, x, self.recompute)[:, -hidden:]))
 
 
-# --- Prototypes: balanced assignments by Sinkhorn, and the loss: each branch predicts the other's assignment ----------
+# --- The projection network: an MLP on pixels (SIGMA-MLP), or a frozen image ViT (SIGMA-DINO) -----
 
 def projector(pixels, dim, widths=(1024, 1024, 512)):
-    """The projection network of SIGMA-MLP: P standardised pixel values of a tube -> a feature of `dim` numbers."""
+    """The projection network of SIGMA-MLP: P standardised pixel values of a tube -> E numbers."""
     layers = []
     for width in widths:
         layers += [nn.Linear(pixels, width), nn.GELU()]
@@ -228,170 +222,150 @@ def projector(pixels, dim, widths=(1024, 1024, 512)):
     return nn.Sequential(*layers, nn.Linear(pixels, dim))
 
 
-class Teacher(nn.Module):
-    """The projection network of SIGMA-DINO: a frozen image ViT on each tubelet's first frame (paper, method section).
+# target: (width of its features, weights, how their SHA-256 begins; not known for ViT-S)
+_URL = "https://dl.fbaipublicfiles.com/dino/"
+DINO = {"dino": (768, _URL + "dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", "bf34ad0f42"),
+        "dino-s": (384, _URL + "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth", "")}
+TARGETS = ("mlp", "pixel", *DINO)
 
-    vit: torchvision's, with as many patches in a row as a frame has tubes; frames are resized to fit, which the default
-    clip needs not. It is no part of SIGMA, so it is in no checkpoint and no optimiser; it never trains.
+
+class Teacher(nn.Module):
+    """The projection network of SIGMA-DINO: a frozen ViT on the first frame of each tubelet.
+
+    weights: DINO's, by name; width, depth and patch size are read off them, heads are 64 wide as in
+    all of DINO's. tube: the video model's; frames are resized so that each tube is one patch. Not a
+    part of SIGMA, so it is in no checkpoint. Raises UserError if the weights don't fit.
     """
 
-    def __init__(self, vit, tube):
+    def __init__(self, weights, tube=(2, 16, 16)):
         super().__init__()
-        self.vit, self.frames, self.dim = vit, tube[0], vit.hidden_dim
-        self.requires_grad_(False).eval()
-
-    def train(self, mode=True):
-        return super().train(False)
+        weights = {n: w for n, w in weights.items() if not n.startswith("head.")}  # of its training
+        if not {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= weights.keys():
+            raise UserError("the teacher's file is no DINO ViT: give that of the backbone alone")
+        place, token = weights.pop("pos_embed"), weights.pop("cls_token")
+        embedding = weights["patch_embed.proj.weight"] = weights["patch_embed.proj.weight"][:, :, None]
+        self.tube, self.dim, self.patch = tuple(tube), len(embedding), embedding.shape[-1]
+        for name in [name for name in weights if name.endswith("attn.qkv.bias")]:
+            query, _, value = weights.pop(name).chunk(3)  # a bias of the keys cancels in the softmax
+            weights[name.replace("qkv.bias", "q_bias")] = query
+            weights[name.replace("qkv.bias", "v_bias")] = value
+        vit = Encoder(dim=self.dim, depth=depth_of(weights, "blocks"), heads=max(1, self.dim // 64),
+                      tube=(1, self.patch, self.patch))
+        self.vit = fill(vit, weights, "the teacher's file")
+        self.register_buffer("token", token + place[:, :1])  # 1 1 E
+        self.register_buffer("place", rearrange(  # 1 E side side
+            place[:, 1:], "1 (h w) e -> 1 e h w", h=math.isqrt(place.shape[1])))
+        self.requires_grad_(False)
 
     @torch.no_grad()
     def forward(self, video):
-        """video (B, 3, T, H, W), normalised -> the patch tokens of the last LayerNorm, (B, N, E) in (t h w) order.
-
-        In float32 whatever the autocast, and without TF32: no one has shown that less would do.
-        """
-        side, patch, precision = self.vit.image_size, self.vit.patch_size, torch.get_float32_matmul_precision()
-        frames = rearrange(video[:, :, ::self.frames], "b c t h w -> (b t) c h w").to(self.vit.class_token.dtype)
-        if frames.shape[-2:] != (side, side):
-            frames = F.interpolate(frames, (side, side), mode="bilinear", antialias=True)
-        torch.set_float32_matmul_precision("highest")
-        try:
-            with torch.autocast(video.device.type, enabled=False):
-                patches = rearrange(frames, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch)
-                x = F.linear(patches, self.vit.conv_proj.weight.flatten(1), self.vit.conv_proj.bias)
-                x = torch.cat([self.vit.class_token.expand(len(x), -1, -1), x], dim=1)
-                x = self.vit.encoder(x)[:, 1:]                                               # without the class token
-        finally:
-            torch.set_float32_matmul_precision(precision)
+        """video (B, 3, T, H, W), normalised -> its patch tokens (B, N, E), in (t h w) order."""
+        frames = video[:, :, ::self.tube[0]].float()  # B 3 t H W
+        h, w = (size // step for size, step in zip(video.shape[3:], self.tube[1:]))
+        if self.tube[1:] != (self.patch, self.patch):
+            size = (frames.shape[2], h * self.patch, w * self.patch)
+            frames = F.interpolate(frames, size, mode="trilinear")  # t stays: bilinear in space
+        place, side = self.place, self.place.shape[-1]
+        if (h, w) != (side, side):  # as DINO does it, 0.1 included
+            scale = ((h + 0.1) / side, (w + 0.1) / side)
+            place = F.interpolate(place, scale_factor=scale, mode="bicubic")
+        with torch.autocast(video.device.type, enabled=False):  # lower precision is untested
+            x = self.vit.patch_embed(take_tubes(frames, self.vit.tube))  # B N E
+            x = rearrange(x, "b (t n) e -> (b t) n e", n=h * w) + place.flatten(2).mT
+            x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1)
+            x = self.vit.norm(run_blocks(self.vit.blocks, x, False))[:, 1:]  # no class token
         return rearrange(x, "(b t) n e -> b (t n) e", b=len(video))
 
 
-DINO = {                    # width, published weights, the beginning of their SHA-256 (of the small ones none is known)
-    "dino": (768, "https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
-             "bf34ad0f424b9029"),
-    "dino-s": (384, "https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth", ""),
-}
-DINO_NAMES = (("cls_token", "class_token"), ("pos_embed", "encoder.pos_embedding"), ("patch_embed.proj", "conv_proj"),
-              ("blocks.", "encoder.layers.encoder_layer_"), ("norm1", "ln_1"), ("norm2", "ln_2"),
-              ("attn.qkv.", "self_attention.in_proj_"), ("attn.proj", "self_attention.out_proj"),
-              ("mlp.fc1", "mlp.0"), ("mlp.fc2", "mlp.3"), ("norm.", "encoder.ln."))              # DINO's, torchvision's
+# --- Prototypes: balanced assignments by Sinkhorn, and the loss -----------------------------------
 
+@torch.no_grad()  # an assignment is a target: no gradient flows through it
+def sinkhorn(scores, eps=0.05, iters=10, group=None):
+    """Soft assignment of N tubes to K prototypes that uses all prototypes equally (paper, method
+    section; Sinkhorn-Knopp as in SwAV).
 
-def download_dino(name="dino"):
-    """DINO's published weights, name in DINO, from torch's cache or its address; no code. The hash of a download is
-    checked. Raises OSError or RuntimeError if that fails."""
-    _, url, digits = DINO[name]
-    file = Path(url).stem + f"-{digits}" * bool(digits) + ".pth"                           # torch checks what it says
-    return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=bool(digits), file_name=file,
-                                              weights_only=True)
+    scores: (N, K) cosines in [-1, 1], or a list of such, which share each iteration's all-reduce.
+    eps: entropic regularisation, 0.005 and more. group: of torch.distributed; under it N is this
+    rank's part, and the balance holds over all ranks' tubes. Returns the same shape(s), float32 or
+    better: rows sum to 1, columns to about N / K over the whole batch.
 
-
-def load_teacher(weights, grid, tube, heads=None):
-    """A Teacher from DINO's weights for clips of grid = (t, h, w) tubes. Its positions are interpolated to h x w.
-
-    Width, depth and patch size are read off the weights, heads are 64 wide as all of DINO's. Raises WeightsError.
-    """
-    if grid[1] != grid[2]:
-        raise WeightsError(f"expected as many tubes down as across for DINO, found {grid[1]} x {grid[2]}: take square "
-                           "clips and tubes")
-    weights = {name: value for name, value in weights.items() if not name.startswith("head.")}    # of its own training
-    lacking = [name for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
-               if name not in weights]
-    if lacking or math.isqrt(weights["pos_embed"].shape[1] - 1) ** 2 != weights["pos_embed"].shape[1] - 1:
-        raise WeightsError("expected a ViT with DINO's names and a square of positions as teacher, found no "
-                           f"{', '.join(lacking) or 'square'}: give the file of the backbone alone")
-    (width, _, patch, _), depth = weights["patch_embed.proj.weight"].shape, blocks_in(weights, "blocks.")
-    vit = VisionTransformer(image_size=patch * grid[1], patch_size=patch, num_layers=depth, hidden_dim=width,
-                            num_heads=heads or max(1, width // 64), mlp_dim=len(weights["blocks.0.mlp.fc1.weight"]))
-    vit.heads = nn.Identity()
-    return Teacher(fill(vit, interpolate_embeddings(patch * grid[1], patch, renamed(weights, DINO_NAMES))), tube)
-
-
-def at_least_fp32(x):
-    """x in float32 if it has fewer bits, else as it is (float64 stays float64)."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-@torch.no_grad()                                                     # an assignment is a target: no gradient through it
-def sinkhorn(scores, eps=0.05, iters=10):
-    """Soft assignment of N tubes to K prototypes that uses all prototypes equally (paper, method section; SwAV).
-
-    scores: (N, K), cosines in [-1, 1], or a list of several such; those share each iteration's all-reduce. Under
-    torch.distributed N is this rank's part, and balance holds over all ranks' tubes. Returns the same shape(s), in
-    float32 or better whatever the autocast: rows sum to 1, columns to about N / K over the whole batch.
-
-    The assignment is diag(u) kernel diag(v) with kernel = exp(scores / eps). Only the vectors u and v change, so an
-    iteration is two products of one fixed matrix with a vector, and nothing N x K is rewritten. A constant factor on v
-    is undone by the next u, so the prototypes' equal totals need not be 1/K: v is scaled to a largest value of 1.
+    The assignment is diag(u) A diag(v) with A = exp(scores / eps). Only the vectors u and v change:
+    an iteration is two products of A with a vector, and nothing N x K is rewritten.
     """
     branches = [scores] if isinstance(scores, torch.Tensor) else scores
     branches = [s.to(torch.promote_types(s.dtype, torch.float32)) for s in branches]
     parallel = dist.is_available() and dist.is_initialized()
     with torch.autocast(branches[0].device.type, enabled=False):
-        # exp(2 / 0.005) overflows. A factor taken out of a column belongs to v, which the first step computes afresh;
-        # one taken out of a row is given back by u. So column and row maxima go, exactly, and each line keeps a 1.
-        peaks = torch.stack([s.amax(dim=0) for s in branches])                                            # branches x K
+        # exp(2 / 0.005) overflows. A factor of a column belongs to v, which the first iteration
+        # replaces; one of a row belongs to u. So A = exp((scores - column maxima - row maxima) /
+        # eps) is exact if u starts as exp(row maxima / eps), and each line of A keeps a 1.
+        peaks = torch.stack([s.amax(dim=0) for s in branches])  # branches K
         if parallel:
-            dist.all_reduce(peaks, dist.ReduceOp.MAX)
-        kernels, us = [], []
-        for s, peak in zip(branches, peaks):
-            kernel, u = torch.empty_like(s), s.new_empty(len(s))                                             # N K and N
-            for rows, out, top in zip(s.split(512), kernel.split(512), u.split(512)):    # blocks that stay in the cache
-                torch.amax(torch.sub(rows, peak, out=out), dim=1, out=top)
-                out.sub_(top[:, None]).div_(eps).exp_()
-            kernels.append(kernel)
-            us.append(u.div_(eps).exp_())
+            dist.all_reduce(peaks, dist.ReduceOp.MAX, group=group)
+        kernels = [s - peak for s, peak in zip(branches, peaks)]  # N K each
+        rows = [kernel.amax(dim=1) for kernel in kernels]  # N each
+        for kernel, row in zip(kernels, rows):
+            kernel.sub_(row[:, None]).div_(eps).exp_()
+        us = [(row / eps).exp() for row in rows]
         for _ in range(iters):
-            totals = torch.stack([u @ kernel for u, kernel in zip(us, kernels)])                          # branches x K
+            totals = torch.stack([u @ kernel for u, kernel in zip(us, kernels)])  # branches K
             if parallel:
-                dist.all_reduce(totals)
-            vs = totals.amin(dim=1, keepdim=True) / totals      # now every prototype has the same total, over all ranks
-            us = [1 / (kernel @ v) for kernel, v in zip(kernels, vs)]                   # now every tube's row sums to 1
-        soft = [kernel.mul_(v).mul_(u[:, None]) for kernel, v, u in zip(kernels, vs, us)]
+                dist.all_reduce(totals, group=group)
+            # Each prototype's total, over all ranks, becomes the same number. Which one does not
+            # matter, the next u undoes a factor, so v is scaled to a largest value of 1.
+            vs = totals.amin(dim=1, keepdim=True) / totals
+            us = [1 / (kernel @ v) for kernel, v in zip(kernels, vs)]  # each tube's row sums to 1
+        soft = [kernel.mul_(v).mul_(u[:, None]) for kernel, u, v in zip(kernels, us, vs)]
     return soft[0] if isinstance(scores, torch.Tensor) else soft
 
 
-def symmetric_loss(video_scores, target_scores, video_assignment, target_assignment, temperature=0.1):
-    """Each branch predicts the other's prototype (paper, method section): cross-entropy both ways, means over tubes.
+def symmetric_loss(video_scores, target_scores, video_assignment, target_assignment,
+                   temperature=0.1):
+    """Each branch predicts the other's prototype (paper, method section): two cross-entropies.
 
-    Scores (N, K) are cosines to the prototypes, assignments (N,) the index of each tube's prototype, temperature > 0.
-    Returns the loss and its two terms {"target_term", "video_term"}, detached, each about ln K at the start.
+    Scores (N, K) are cosines, assignments (N,) the number of each tube's prototype. Returns the
+    loss and its terms, detached means over tubes, each about ln K at the start of training.
     """
-    target_term = F.cross_entropy(target_scores / temperature, video_assignment)   # trains the projector and prototypes
-    video_term = F.cross_entropy(video_scores / temperature, target_assignment)               # trains the video model
-    return target_term + video_term, {"target_term": target_term.detach(), "video_term": video_term.detach()}
+    target_term = F.cross_entropy(target_scores / temperature, video_assignment)
+    video_term = F.cross_entropy(video_scores / temperature, target_assignment)
+    terms = {"target_term": target_term.detach(), "video_term": video_term.detach()}
+    return target_term + video_term, terms
 
 
 def usage(assignment, k):
-    """How many of k prototypes the assignment (N,) uses, and the entropy of that use, at most ln k: 0-d tensors."""
-    one = torch.full((len(assignment),), 1 / len(assignment), device=assignment.device)
-    share = one.new_zeros(k).index_add_(0, assignment, one)
+    """How many of k prototypes an assignment (N,) uses, and the entropy of their use (<= ln k)."""
+    share = torch.zeros(k, device=assignment.device)
+    share = share.index_add_(0, assignment, torch.ones_like(assignment, dtype=share.dtype))
+    share = share / len(assignment)
     return (share > 0).sum(), -torch.special.xlogy(share, share).sum()
 
 
-# --- SIGMA ------------------------------------------------------------------------------------------------------------
+# --- SIGMA ----------------------------------------------------------------------------------------
 
-TARGETS = ("mlp", "pixel", *DINO)
+def at_least_fp32(x):
+    """x in float32 if it has fewer bits; float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class SIGMA(nn.Module):
     """The two networks, the prototypes between them, and the loss.
 
-    target, what the projection network sees: "mlp" (the hidden tubes' pixels, through a trained MLP), "dino", "dino-s"
-    (features of a Teacher, `target_dim` wide, no trained projector) or "pixel" (VideoMAE: regress the pixels, no
-    prototypes). eps, iters: Sinkhorn's. temperature: of the cross-entropies. norm: whether the encoder ends with its
-    LayerNorm. Initialisation as published.
+    target, what the projection network sees: "mlp" (pixels of the hidden tubes, through a trained
+    MLP), "dino" or "dino-s" (a Teacher's features, target_dim wide; nothing to train), or "pixel"
+    (VideoMAE, the baseline: regress the pixels, no prototypes). eps, iters: Sinkhorn's.
+    temperature: the cross-entropies'. Weights start as in the published code.
     """
 
-    def __init__(self, *, dim, depth, heads, decoder_dim, decoder_depth, decoder_heads, tube=(2, 16, 16), target="mlp",
-                 target_dim=256, prototypes=3000, eps=0.05, iters=10, temperature=0.1,
-                 projector_widths=(1024, 1024, 512), norm=True):
+    def __init__(self, *, dim, depth, heads, decoder_dim, decoder_depth, decoder_heads,
+                 tube=(2, 16, 16), target="mlp", target_dim=256, prototypes=3000, eps=0.05,
+                 iters=10, temperature=0.1, projector_widths=(1024, 1024, 512)):
         super().__init__()
         if target not in TARGETS:
-            raise ValueError(f'target must be one of {", ".join(TARGETS)}, found "{target}"')
+            raise ValueError(f"the target must be one of {', '.join(TARGETS)}, not {target!r}")
         self.target, self.eps, self.iters, self.temperature = target, eps, iters, temperature
-        pixels = 3 * math.prod(tube)                                                  # P: 1536 for tubes of 2 x 16 x 16
+        pixels = 3 * math.prod(tube)  # P, 1536 for 2 x 16 x 16
         out = pixels if target == "pixel" else target_dim
-        self.encoder = Encoder(dim=dim, depth=depth, heads=heads, tube=tube, norm=norm)
+        self.encoder = Encoder(dim=dim, depth=depth, heads=heads, tube=tube)
         self.encoder_to_decoder = nn.Linear(dim, decoder_dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.decoder = Decoder(dim=decoder_dim, depth=decoder_depth, heads=decoder_heads, out=out)
@@ -400,356 +374,219 @@ class SIGMA(nn.Module):
             self.projector = projector(pixels, target_dim, projector_widths)
         if target != "pixel":
             self.prototypes = nn.Parameter(torch.randn(prototypes, target_dim))
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None, None], persistent=False)
+        for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+            values = torch.tensor(values)[:, None, None, None]
+            self.register_buffer(name, values, persistent=False)
 
     def forward(self, video, mask, features=None):
         """One pretraining step's loss.
 
-        video (B, 3, T, H, W), normalised with ImageNet's mean and deviation; mask (B, N) bool, True where hidden, best
-        on the CPU (see split_mask); features (B, N, E), only for DINO's targets: the Teacher's, of all tubes.
-        Returns the loss and a dict of detached tensors: the loss's terms, and for the targets with prototypes log_k,
-        prototypes_used and entropy (of the video branch's assignment), target_entropy and both assignments (B*M,).
-        Ranks' losses average to the loss of the whole batch; counts and entropies are this rank's.
+        video (B, 3, T, H, W), normalised; mask (B, N) bool, True where hidden, on the CPU;
+        features (B, N, E), for DINO's targets alone: the Teacher's, of all tubes.
+        Returns the loss and a dictionary of detached statistics; means over ranks are those of the
+        whole batch, but prototypes_used and the entropies count this rank's tubes.
         """
-        visible, hidden = split_mask(mask, video.device)                           # 1. hide most of the tubes: B V, B M
-        predicted = self.predict(video, mask, visible, hidden)                     # 2. the video model's guess:   B M E
-        target = self.embed(video, hidden, features)                               # 3. the projection network:    B M E
+        n = math.prod(video.shape[2:]) // math.prod(self.encoder.tube)
+        if mask.shape != (len(video), n):
+            raise ValueError(f"these clips need a mask of shape {(len(video), n)}, "
+                             f"not {tuple(mask.shape)}")
+        visible, hidden = split_mask(mask, video.device)  # 1. hide most of the tubes: B V, B M
+        predicted = self.predict(video, visible, hidden)  # 2. the video model's guess: B M E
+        target = self.embed(video, hidden, features)  # 3. the projection network: B M E
         if self.target == "pixel":
             loss = F.mse_loss(at_least_fp32(predicted), target)
             return loss, {"pixel_term": loss.detach()}
-        video_scores, target_scores = self.compare(predicted, target)             # 4. cosines to prototypes: B*M K each
-        video_assignment, target_assignment = [soft.argmax(dim=1) for soft in       # 5. balanced assignments:  B*M each
-                                               sinkhorn([video_scores, target_scores], self.eps, self.iters)]
-        loss, stats = symmetric_loss(video_scores, target_scores, video_assignment,      # 6. each predicts the other's
-                                     target_assignment, self.temperature)
+        scores = self.compare(predicted, target)  # 4. cosines to the prototypes: two of (B*M K)
+        assignments = [soft.argmax(dim=1) for soft in  # 5. balanced assignments: two of (B*M)
+                       sinkhorn(scores, self.eps, self.iters)]
+        loss, stats = symmetric_loss(*scores, *assignments, self.temperature)  # 6. swap, predict
         k = len(self.prototypes)
-        used, entropy = usage(video_assignment, k)
-        return loss, stats | {"log_k": torch.full_like(entropy, math.log(k)), "prototypes_used": used,
-                              "entropy": entropy, "target_entropy": usage(target_assignment, k)[1],
-                              "video_assignment": video_assignment,
-                              "target_assignment": target_assignment}
+        used, entropy = usage(assignments[0], k)
+        return loss, stats | {
+            "log_k": torch.full_like(entropy, math.log(k)), "prototypes_used": used,
+            "entropy": entropy, "target_entropy": usage(assignments[1], k)[1],
+            "video_assignment": assignments[0], "target_assignment": assignments[1]}
 
-    def predict(self, video, mask, visible, hidden):
-        """The video model: features predicted for the hidden tubes from the visible ones, (B, M, E)."""
-        tokens = self.encoder_to_decoder(self.encoder(video, mask))                                             # B V D'
-        place = positions(mask.shape[1], self.decoder.dim, video.device)                                          # N D'
-        tokens = torch.cat([tokens + place[visible], self.mask_token + place[hidden]], dim=1)                   # B N D'
-        return self.decoder(tokens, hidden.shape[1])                                                             # B M E
+    def predict(self, video, visible, hidden):
+        """The video model: features of the hidden tubes from the visible ones, (B, M, E)."""
+        tokens = self.encoder_to_decoder(self.encoder(video, visible))  # B V D'
+        n = visible.shape[1] + hidden.shape[1]
+        place = positions(n, self.decoder.dim, video.device)  # N D'
+        tokens = torch.cat([tokens + place[visible], self.mask_token + place[hidden]], dim=1)
+        return self.decoder(tokens, hidden.shape[1])  # B N D' -> B M E
 
     def embed(self, video, hidden, features=None):
-        """The projection network: the true content of the tubes at hidden (B, M) as features, (B, M, E)."""
+        """The projection network: the true content of the hidden tubes as features, (B, M, E)."""
         if self.target in DINO:
-            n, found = math.prod(video.shape[2:]) // math.prod(self.encoder.tube), getattr(features, "shape", None)
-            if found != (expected := (len(video), n, self.prototypes.shape[1])):
-                raise ValueError(f'target "{self.target}" needs features of all tubes, shape {expected}, '
-                                 f"found {found and tuple(found)}")
-            features = standardise(at_least_fp32(features.detach()), dim=1)              # per clip and channel: B N E
-            return features.take_along_dim(hidden[..., None], dim=1)                                             # B M E
-        pixels = at_least_fp32(take_tubes(video, self.encoder.tube, hidden)) * self.std + self.mean       # B M 3 p q r
-        pixels = rearrange(pixels, "b m c p q r -> b m (p q r) c")                                       # RGB in [0, 1]
-        pixels = standardise(pixels, dim=2).flatten(2)                        # per tube and channel: B M P, P = p q r c
+            n = math.prod(video.shape[2:]) // math.prod(self.encoder.tube)
+            wanted = (len(video), n, self.prototypes.shape[1])
+            if features is None or features.shape != wanted:
+                raise ValueError(f'target "{self.target}" needs a Teacher\'s features of all tubes, '
+                                 f"{wanted}, not {None if features is None else features.shape}")
+            features = standardise(at_least_fp32(features.detach()), dim=1)  # over a clip's tubes
+            return features.take_along_dim(hidden[..., None], dim=1)  # B M E
+        tubes = take_tubes(video, self.encoder.tube, hidden)  # B M 3 p q r
+        pixels = at_least_fp32(tubes) * self.std + self.mean  # RGB in [0, 1]
+        pixels = rearrange(pixels, "b m c p q r -> b m (p q r) c")
+        pixels = standardise(pixels, dim=2).flatten(2)  # per tube and channel: B M P
         return pixels if self.target == "pixel" else self.projector(pixels)
 
     def compare(self, predicted, target):
-        """Cosines of both branches' features (B, M, E) to the prototypes, (B*M, K) each, float32 or better."""
-        self.prototypes.data.copy_(F.normalize(self.prototypes.data, dim=1))      # rescaled in place, outside the graph
-        with torch.autocast(predicted.device.type, enabled=False):     # in bf16 over 1% of the assignments would change
-            predicted, target = (F.normalize(at_least_fp32(x).flatten(0, 1), dim=1) for x in (predicted, target))
-            # Detached: the prototypes learn from the projection network's side alone, else both sides drift together.
-            return predicted @ self.prototypes.detach().T, target @ self.prototypes.T
+        """Cosines of both branches' features (B, M, E) to the prototypes: [(B*M, K), (B*M, K)].
 
-
-class Classifier(nn.Module):
-    """The encoder with a classifier, for fine-tuning and linear probes: mean over all tokens, LayerNorm, linear layer.
-
-    As published the LayerNorm stands behind the mean, in place of the encoder's last one, and the head starts near 0.
-    encoder: an Encoder, which it takes over. drop_path: of the last block; it grows linearly from 0 in the first. The
-    names of its weights are those of the published fine-tuned models, with "encoder." before the encoder's.
-    """
-
-    def __init__(self, encoder, classes, drop_path=0.0):
-        super().__init__()
-        self.encoder, encoder.norm = encoder, nn.Identity()
-        for block, rate in zip(encoder.blocks, torch.linspace(0, drop_path, len(encoder.blocks)).tolist()):
-            block.drop_path = rate
-        self.fc_norm = nn.LayerNorm(encoder.dim, eps=1e-6)
-        self.head = nn.Linear(encoder.dim, classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
-        self.head.weight.data.mul_(0.001)
-        nn.init.zeros_(self.head.bias)
-
-    def pooled(self, video):
-        """video (B, 3, T, H, W), normalised -> features of whole clips (B, D)."""
-        return self.fc_norm(self.encoder(video).mean(dim=1))
-
-    def forward(self, video):
-        """video (B, 3, T, H, W), normalised -> logits (B, classes)."""
-        return self.head(self.pooled(video))
+        The prototypes learn from the projection network's side alone: the video model's scores see
+        them detached, else both sides would drift together.
+        """
+        if self.training:  # made unit length in place, outside the graph, as published
+            self.prototypes.data.copy_(F.normalize(self.prototypes.data, dim=1))
+        prototypes = self.prototypes if self.training else F.normalize(self.prototypes, dim=1)
+        with torch.autocast(predicted.device.type, enabled=False):  # bf16 changes 1% of assignments
+            predicted, target = (F.normalize(at_least_fp32(x).flatten(0, 1), dim=1)
+                                 for x in (predicted, target))
+            return [predicted @ prototypes.detach().T, target @ prototypes.T]
 
 
 SIZES = {
-    #             encoder: width, blocks, heads    decoder: width, blocks, heads
-    "tiny":  dict(dim=128, depth=4, heads=4, decoder_dim=64, decoder_depth=2, decoder_heads=2, tube=(4, 8, 8),
-                  prototypes=128, eps=0.03, target_dim=64, projector_widths=(256,)),   # not in the paper: the toy set's
+    "tiny": dict(dim=128, depth=4, heads=4, decoder_dim=64, decoder_depth=2, decoder_heads=2,
+                 tube=(4, 8, 8), prototypes=128, target_dim=64, projector_widths=(256,)),  # toy's
     "small": dict(dim=384, depth=12, heads=6, decoder_dim=192, decoder_depth=4, decoder_heads=3),
-    "base":  dict(dim=768, depth=12, heads=12, decoder_dim=384, decoder_depth=4, decoder_heads=6),
+    "base": dict(dim=768, depth=12, heads=12, decoder_dim=384, decoder_depth=4, decoder_heads=6),
     "large": dict(dim=1024, depth=24, heads=16, decoder_dim=512, decoder_depth=4, decoder_heads=8),
-    "huge":  dict(dim=1280, depth=32, heads=16, decoder_dim=640, decoder_depth=4, decoder_heads=8),
+    "huge": dict(dim=1280, depth=32, heads=16, decoder_dim=640, decoder_depth=4, decoder_heads=8),
 }
 
 
-def options(size, target="mlp", **changes):
-    """Keyword arguments of SIGMA for a size in SIZES; changes overrule the table. Prototypes are as wide as DINO."""
-    if size not in SIZES:
-        raise ValueError(f"size must be one of {', '.join(SIZES)}, found {size}")
-    width = dict(target_dim=DINO[target][0]) if target in DINO else {}
-    return dict(tube=(2, 16, 16)) | SIZES[size] | width | dict(target=target) | changes
+def sizes_for(size="base", target="mlp", **changes):
+    """Keyword arguments of SIGMA for a size in SIZES; prototypes are as wide as DINO's features."""
+    width = {"target_dim": DINO[target][0]} if target in DINO else {}
+    return {"tube": (2, 16, 16), "target": target, **SIZES[size], **width, **changes}
 
 
 def build_model(size="base", **changes):
-    """SIGMA of a size in SIZES; keyword arguments of SIGMA overrule the table, as in build_model("small", tube=...)."""
-    return SIGMA(**options(size, **changes))
+    """SIGMA of a size in SIZES; keyword arguments of SIGMA replace the table's values."""
+    return SIGMA(**sizes_for(size, **changes))
 
 
-# --- Weights of others in our names, and ours in theirs ---------------------------------------------------------------
+# --- Checkpoints: ours, and the published pretraining ones ----------------------------------------
 
-class WeightsError(ValueError):
-    """Weights that don't fit; the message says what was expected, what was found and what to do."""
-
-
-HEADS = {s[part + "dim"]: s[part + "heads"] for s in SIZES.values() for part in ("", "decoder_")}     # for each width
-FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")                            # as Hugging Face calls its weights
-ENCODER = ("dim", "depth", "heads", "tube", "norm")                                    # the options that an Encoder has
-HUGGING_FACE = (("encoder.patch_embed.proj.", "videomae.embeddings.patch_embeddings.projection."),       # ours, theirs
-                ("encoder.blocks.", "videomae.encoder.layer."), ("decoder.blocks.", "decoder.decoder_layers."),
-                (".norm1.", ".layernorm_before."), (".norm2.", ".layernorm_after."),
-                (".attn.proj.", ".attention.output.dense."),
-                (".mlp.fc1.", ".intermediate.dense."), (".mlp.fc2.", ".output.dense."),
-                (".attn.q_bias", ".attention.attention.q_bias"), (".attn.v_bias", ".attention.attention.v_bias"),
-                ("encoder.norm.", "videomae.layernorm."), ("head.", "classifier."))
+HEADS = {s[part + "dim"]: s[part + "heads"] for s in SIZES.values() for part in ("", "decoder_")}
 
 
-def renamed(weights, pairs):
-    """The weights under other names: in each name the pairs' first parts are replaced by the second ones, in order."""
-    found = {}
-    for name, value in weights.items():
-        for old, new in pairs:
-            name = name.replace(old, new)
-        found[name] = value
-    return found
+def read_checkpoint(path, holds="encoder.patch_embed.proj.weight"):
+    """A checkpoint (a file, or a run's folder) as a dictionary; "model" has the weights by name.
+
+    Takes the names of this code, the authors' and VideoMAE's; extras/weights.py converts others.
+    holds: a name that it must have. Runs no code from the file. Raises UserError.
+    """
+    path = Path(path, "last.pt") if Path(path).is_dir() else Path(path)
+    others = ", ".join(str(p) for p in sorted(path.parent.glob("*.pt")) if p != path)
+    others = f"; beside it there is {others}" if others else ""
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}{others}")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # older files keep flags in it
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = content if "model" in content else {"model": content.get("module", content)}
+        weights = {name.removeprefix("module."): w for name, w in content["model"].items()}  # DDP's
+        weights = {re.sub(r"^head\.(?=\d)", "projector.", n): w for n, w in weights.items()}
+        shapes = {name: tuple(w.shape) for name, w in weights.items()}
+    except Exception as error:  # whatever a damaged or foreign file brings about
+        reason = re.search(r"GLOBAL \S+|.*", str(error))[0][:200]  # GLOBAL: code it asks for
+        raise UserError(f"{path} can't be read as a checkpoint ({reason}){others}") from error
+    if holds not in shapes:
+        raise UserError(f"{path} is another network's: it has no {holds}; extras/weights.py converts "
+                        "fine-tuned and Hugging Face checkpoints")
+    return content | {"model": weights}
 
 
-def blocks_in(weights, prefix):
-    """The number of blocks whose names begin with the prefix."""
-    found = (re.match(re.escape(prefix) + r"(\d+)\.", name) for name in weights)
-    return 1 + max((int(match[1]) for match in found if match), default=-1)
-
-
-def fill(model, weights, source="the file"):
-    """Puts weights into the model, all of them or none, and returns it. Raises WeightsError with what differs."""
-    found, expected = ({name: tuple(value.shape) for name, value in w.items()} for w in (weights, model.state_dict()))
-    differ = [f"{name} (expected {expected.get(name)}, found {found.get(name)})"
-              for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
+def fill(model, weights, source):
+    """Loads weights into a model, all or none, and returns it. Raises UserError with what differs."""
+    theirs, ours = ({n: tuple(w.shape) for n, w in some.items()}
+                    for some in (weights, model.state_dict()))
+    differ = [f"{n} (here {ours.get(n, 'absent')}, there {theirs.get(n, 'absent')})"
+              for n in sorted(ours.keys() | theirs.keys()) if ours.get(n) != theirs.get(n)]
     if differ:
-        raise WeightsError(f"expected the weights of this network in {source}, found {len(differ)} names that differ: "
-                           f"{', '.join(differ[:20])}{', ...' * (len(differ) > 20)}: give another file or its settings")
+        raise UserError(f"{len(differ)} of the weights in {source} don't fit this network: "
+                        f"{', '.join(differ[:20])}{', ...' if len(differ) > 20 else ''}")
     model.load_state_dict(weights)
     return model
 
 
-def read_file(path):
-    """Tensors by name from a file, or from a folder as Hugging Face saves it, and what else it holds: two dicts.
+def depth_of(weights, prefix):
+    """How many numbered parts, such as blocks, a network with these weights has at the prefix."""
+    return len({n[len(prefix) + 1:].split(".")[0] for n in weights if n.startswith(prefix + ".")})
 
-    Runs no code of the file. Raises WeightsError.
+
+def sizes_of(weights, heads=None, decoder_heads=None):
+    """Keyword arguments of SIGMA, or of Encoder alone, that fit the weights.
+
+    Their shapes tell all but the heads, which are given or the paper's for networks as wide.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = next((path / name for name in FOLDER_FILES if (path / name).exists()), path)
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            weights, rest = load_file(path), {}
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):          # older files hold their flags as one
-                weights, rest = torch.load(path, map_location="cpu", weights_only=True), {}
-        for key in ("model", "module", "state_dict"):
-            if isinstance(weights.get(key), dict):
-                weights, rest = weights[key], {name: value for name, value in weights.items() if name != key}
-        config = path.with_name("config.json")
-        if any("layernorm_before" in name for name in weights):                                   # Hugging Face's names
-            rest = {"model_type": "videomae"} | (json.loads(config.read_text()) if config.is_file() else {})
-        if not all(isinstance(value, torch.Tensor) for value in weights.values()):
-            raise ValueError("not only tensors by name")
-    except FileNotFoundError:
-        raise WeightsError(f"expected weights, found no file {path}: give a checkpoint, or a run's folder") from None
-    except ImportError:
-        raise WeightsError(f"expected the package safetensors to read {path}, found none: pip install safetensors, or "
-                           "give the weights as .bin or .pt") from None
-    except Exception as error:                                        # whatever a foreign or damaged file brings about
-        foreign = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks for {foreign[1]}" if foreign else f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise WeightsError(f"expected weights, found something else in {path} ({reason}): give a checkpoint, or a "
-                           "run's folder") from None
-    return weights, rest
-
-
-def read_weights(path):
-    """read_file's two dicts, but the weights in our names. Recognises what load_model lists. Raises WeightsError."""
-    weights, rest = read_file(path)
-    if all(name.startswith("module.") for name in weights):                                                     # DDP's
-        weights = {name.removeprefix("module."): value for name, value in weights.items()}
-    if rest.get("model_type") == "videomae":
-        return from_hugging_face(weights), rest
-    if any(name.startswith("blocks.") for name in weights):                                   # the authors', fine-tuned
-        return {name if name.startswith(("fc_norm.", "head.")) else f"encoder.{name}": value
-                for name, value in weights.items()}, rest
-    return {re.sub(r"^head\.(?=\d)", "projector.", name): value for name, value in weights.items()}, rest
-
-
-def from_hugging_face(weights):
-    """Weights of Hugging Face's VideoMAE models in our names; their query, key and value weights are one of ours."""
-    whole = ("videomae.", "encoder_to_decoder.", "mask_token", "decoder.", "fc_norm.", "classifier.")
-    weights = {name if name.startswith(whole) else f"videomae.{name}": value for name, value in weights.items()}
-    found = {}
-    for name, value in weights.items():
-        if name.endswith("attention.attention.query.weight"):
-            parts = [weights.get(name.replace("query", part), value[:0]) for part in ("query", "key", "value")]
-            name, value = name.replace("attention.attention.query", "attn.qkv"), torch.cat(parts)
-        if not name.endswith(("attention.attention.key.weight", "attention.attention.value.weight")):
-            found[name] = value
-    return renamed(found, [(theirs, ours) for ours, theirs in HUGGING_FACE])
-
-
-def to_hugging_face(weights, sizes, frames, size):
-    """Weights in our names and sizes_of them -> Hugging Face's weights, their config, and what has no place there.
-
-    A pixel target becomes a VideoMAEForPreTraining, a Classifier a VideoMAEForVideoClassification, else the encoder a
-    VideoMAEModel: all three can be opened as VideoMAEModel. frames, size: of the clips. Raises WeightsError.
-    """
-    if sizes["tube"][1] != sizes["tube"][2]:
-        raise WeightsError(f"expected square patches for Hugging Face, found tubes of {sizes['tube']}")
-    kind = "ForPreTraining" if sizes.get("target") == "pixel" else "Model"
-    kind = "ForVideoClassification" if "classes" in sizes else kind
-    kept = {name: value for name, value in weights.items() if kind != "Model" or name.startswith("encoder.")}
-    found = {}
-    for name, value in renamed(kept, HUGGING_FACE).items():
-        name = name.removeprefix("videomae." * (kind == "Model")).replace("decoder.classifier.", "decoder.head.")
-        if name.endswith(".attn.qkv.weight"):
-            for part, rows in zip(("query", "key", "value"), value.chunk(3)):
-                found[name.replace("attn.qkv", f"attention.attention.{part}")] = rows.clone()
-        else:
-            found[name] = value
-    config = dict(model_type="videomae", architectures=[f"VideoMAE{kind}"], image_size=size, num_frames=frames,
-                  patch_size=sizes["tube"][1], tubelet_size=sizes["tube"][0], num_channels=3, hidden_act="gelu",
-                  hidden_size=sizes["dim"], num_hidden_layers=sizes["depth"], num_attention_heads=sizes["heads"],
-                  intermediate_size=4 * sizes["dim"], qkv_bias=True, layer_norm_eps=1e-6, hidden_dropout_prob=0.0,
-                  attention_probs_dropout_prob=0.0, use_mean_pooling="encoder.norm.weight" not in weights)
-    if kind == "ForPreTraining":
-        config |= dict(norm_pix_loss=True, decoder_hidden_size=sizes["decoder_dim"],
-                       decoder_num_hidden_layers=sizes["decoder_depth"],
-                       decoder_num_attention_heads=sizes["decoder_heads"],
-                       decoder_intermediate_size=4 * sizes["decoder_dim"])
-    if "classes" in sizes:
-        config |= dict(id2label={i: f"LABEL_{i}" for i in range(sizes["classes"])},
-                       label2id={f"LABEL_{i}": i for i in range(sizes["classes"])})
-    return found, config, sorted({name.split(".")[0] for name in weights.keys() - kept.keys()})
-
-
-def to_authors(weights):
-    """Weights in our names -> in the names of the authors' code, as the value of "model" in their files."""
-    if "fc_norm.weight" in weights:
-        return {name.removeprefix("encoder."): value for name, value in weights.items()}
-    return {name.replace("projector.", "head."): value for name, value in weights.items()}
-
-
-def sizes_of(weights, about=None, heads=None, decoder_heads=None):
-    """What the shapes of weights in our names say: keyword arguments of SIGMA, or of an Encoder, and "classes".
-
-    Shapes don't tell the number of heads: it is given, or stands in about (what else read_weights found), or is that of
-    the size in SIZES that has this width. Raises WeightsError.
-    """
-    about, shape = about or {}, {name: tuple(value.shape) for name, value in weights.items()}
-    known = (about.get("config") or {}).get("sizes") or {
-        "heads": about.get("num_attention_heads"), "decoder_heads": about.get("decoder_num_attention_heads")}
-
-    def number(width, part, given):
-        found = given or known.get(part) or HEADS.get(width)
-        if not found or width % found:
-            raise WeightsError(f"expected a width of {', '.join(map(str, sorted(HEADS)))}, or a number of {part} that "
-                               f"divides it, found a width of {width}" + f" and {found} {part}" * bool(found)
-                               + f": give load_model(..., {part}=...), or config.json beside a Hugging Face file")
-        return found
-
-    dim, _, *tube = shape.get("encoder.patch_embed.proj.weight", (0, 0, 0, 0, 0))
-    if not dim or len(tube) != 3:
-        raise WeightsError("expected the weights of a SIGMA, VideoMAE or fine-tuned network, found no tube embedding "
-                           f"among {len(weights)} names, first {next(iter(weights), 'none')}: give another file")
-    sizes = dict(dim=dim, depth=blocks_in(weights, "encoder.blocks."), heads=number(dim, "heads", heads),
-                 tube=tuple(tube), norm=about.get("model_type") != "videomae" or "encoder.norm.weight" in shape)
-    if "fc_norm.weight" in shape:
-        return sizes | dict(classes=shape.get("head.weight", (0,))[0], norm=False)
-    if "decoder.head.weight" not in shape:
-        return sizes
-    out, width = shape["decoder.head.weight"]
-    sizes |= dict(decoder_dim=width, decoder_depth=blocks_in(weights, "decoder.blocks."),
-                  decoder_heads=number(width, "decoder_heads", decoder_heads))
-    if "prototypes" not in shape:
-        return sizes | dict(target="pixel")
-    layers = sorted((name for name in shape if name.startswith("projector.") and name.endswith(".bias")),
-                    key=lambda name: int(name.split(".")[1]))
-    target = "mlp" if layers else next((name for name, (width, *_) in DINO.items() if width == out), "dino")
-    return sizes | dict(target=target, target_dim=out, prototypes=shape["prototypes"][0],
-                        **dict(projector_widths=tuple(shape[name][0] for name in layers[:-1])) if layers else {})
+    dim, _, *tube = weights["encoder.patch_embed.proj.weight"].shape
+    sizes = dict(dim=dim, depth=depth_of(weights, "encoder.blocks"), tube=tuple(tube),
+                 heads=heads or HEADS.get(dim))
+    if "decoder.head.weight" in weights:
+        out, width = weights["decoder.head.weight"].shape
+        sizes |= dict(decoder_dim=width, decoder_depth=depth_of(weights, "decoder.blocks"),
+                      decoder_heads=decoder_heads or HEADS.get(width), target="pixel")
+    if "prototypes" in weights:
+        layers = [len(weights[f"projector.{2 * i}.bias"])
+                  for i in range(depth_of(weights, "projector"))]
+        dino = "dino-s" if out == DINO["dino-s"][0] else "dino"
+        sizes |= dict(target="mlp" if layers else dino, target_dim=out,
+                      prototypes=len(weights["prototypes"]), projector_widths=layers[:-1])
+    if None in sizes.values():
+        raise UserError("the weights don't tell how many heads this network has: give heads and "
+                        "decoder_heads")
+    return sizes
 
 
 def load_model(path, heads=None, decoder_heads=None):
-    """The network of a checkpoint, with all its weights: SIGMA, a Classifier, or a module with `encoder` alone.
+    """The SIGMA of a pretraining checkpoint, ours, the authors' or VideoMAE's; of a fine-tuned one
+    a module with its `encoder` alone. All weights are loaded; sizes are read off the file.
 
-    Recognises our own checkpoints; the authors' pretraining ones (all targets), VideoMAE's, and those fine-tuned from
-    them; Hugging Face's VideoMAEModel, VideoMAEForPreTraining and VideoMAEForVideoClassification (.bin, .pt, and
-    .safetensors with that package; or their folder). Sizes, tubes, target and number of prototypes are read off the
-    weights, see sizes_of. Whatever the file, model.encoder(video) gives tokens, for clips of any length and size.
-    Raises WeightsError, with the list of differences if not everything fits.
+    model.encoder(video) gives tokens for clips of any length and size. Raises UserError.
     """
-    weights, about = read_weights(path)
-    sizes = sizes_of(weights, about, heads, decoder_heads)
+    content = read_checkpoint(path)
+    weights = content["model"]
+    sizes = content.get("sizes") or sizes_of(weights, heads, decoder_heads)
     if "target" in sizes:
-        return fill(SIGMA(**sizes), weights, path)
-    encoder = Encoder(**{name: sizes[name] for name in ENCODER})
-    model = Classifier(encoder, sizes["classes"]) if "classes" in sizes else nn.ModuleDict({"encoder": encoder})
+        model = SIGMA(**sizes)
+    else:
+        arguments = {name: sizes[name] for name in ("dim", "depth", "heads", "tube")}
+        model = nn.ModuleDict({"encoder": Encoder(**arguments)})
+        weights = {name: w for name, w in weights.items() if name.startswith("encoder.")}
+    if "encoder.norm.weight" not in weights:
+        model.encoder.norm = nn.Identity()  # fine-tuned networks have a norm behind the mean instead
     return fill(model, weights, path)
 
 
 def walk():
     """One clip through the method, step by step: what `python sigma.py` prints."""
     torch.manual_seed(0)
-    model, mask = build_model("small"), tube_mask(1, (8, 14, 14))
-    clip = F.interpolate(torch.randn(1, 3, 16, 14, 14), size=(16, 224, 224), mode="trilinear")        # smooth, no noise
-    size = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    model, mask = build_model("small").eval(), tube_mask(1, (8, 14, 14))
+    clip = F.interpolate(torch.randn(1, 3, 16, 14, 14), (16, 224, 224), mode="trilinear")  # smooth
     with torch.no_grad():
-        visible, hidden = split_mask(mask, clip.device)
-        predicted, target = model.predict(clip, mask, visible, hidden), model.embed(clip, hidden)
+        visible, hidden = split_mask(mask)
+        predicted, target = model.predict(clip, visible, hidden), model.embed(clip, hidden)
         scores = model.compare(predicted, target)
-        soft, plain = sinkhorn(list(scores)), (scores[1] / model.eps).softmax(dim=1)
+        soft = sinkhorn(scores, model.eps, model.iters)
         hard = [s.argmax(dim=1) for s in soft]
-        loss, terms = symmetric_loss(*scores, *hard)
-    largest = [q.mean(dim=0).max().item() * len(model.prototypes) for q in (soft[1], plain)]
-    for step, x, fact in (
-            ("clip", clip, f"{clip.numel():,} numbers, normalised RGB"),
-            ("tubes of 2 x 16 x 16", mask, "8 x 14 x 14 of them, 1536 numbers each"),
-            ("  hidden by the tube mask", hidden, f"{mask.float().mean():.1%}, the same places in all 8 slices"),
-            ("1 encoder: the visible tubes", model.encoder(clip, mask), f"{size['encoder']:,} parameters"),
-            ("2 decoder: features predicted", predicted, f"{size['decoder']:,} parameters"),
-            ("3 projector: features of pixels", target, f"{size['projector']:,} parameters"),
-            ("4 cosines, video to prototypes", scores[0], f"from {scores[0].min():+.2f} to {scores[0].max():+.2f}"),
-            ("  cosines, target to prototypes", scores[1], f"from {scores[1].min():+.2f} to {scores[1].max():+.2f}"),
-            ("5 Sinkhorn: balanced assignment", soft[1], "largest prototype: {:.2f} times its share (plain softmax: "
-             "{:.0f} times)".format(*largest)),
-            ("  hard: its argmax", hard[1], f"{len(hard[1].unique())} prototypes in use"),
-            ("6 each predicts the other's", loss, f"loss {terms['target_term']:.2f} + {terms['video_term']:.2f} = "
-             f"{loss:.2f}; by chance 2 ln K = {2 * math.log(len(model.prototypes)):.2f}")):
-        print(f"{step:34}{str(tuple(x.shape)):22}{fact}")
+        loss, _ = symmetric_loss(*scores, *hard)
+    k = len(model.prototypes)
+    shares = [q.mean(dim=0).max() * k for q in (soft[1], (scores[1] / model.eps).softmax(dim=1))]
+    for step, x in (
+            ("clip, normalised RGB", clip), ("its 8 x 14 x 14 tubes", mask),
+            ("1 tube mask: 90% are hidden, in all slices alike", hidden),
+            ("2 encoder: tokens of the visible ones", model.encoder(clip, visible)),
+            ("  decoder: features predicted for the hidden ones", predicted),
+            ("3 projector: features of their pixels", target),
+            ("4 cosines to the prototypes, predicted", scores[0]),
+            ("  cosines to the prototypes, true", scores[1]),
+            ("5 Sinkhorn: balanced assignment of the true ones", soft[1]),
+            (f"  largest prototype {shares[0]:.2f} x its share, softmax {shares[1]:.0f} x", hard[1]),
+            (f"6 loss {loss:.2f}, by chance 2 ln K = {2 * math.log(k):.2f}", loss)):
+        print(f"{step:60}{tuple(x.shape)}")
 
 
 if __name__ == "__main__":
