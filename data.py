@@ -1,12 +1,12 @@
 """Videos in, uint8 clips with tube masks out: finding, decoding, cropping, loading; a toy set.
 
-What `--data` and `--root` may name (see find_videos):
+What `--data` and `--root` may name:
     a list         lines `path label` or `path`; the label is a whole number and the last field, so
                    paths may hold spaces; relative paths start at the list's folder
-    class folders  DIR/train/<class>/*.mp4 and DIR/val/<class>/*.mp4, or DIR/<class>/*.mp4
-    a folder       of lists, DIR/train.csv and DIR/val.csv; or of videos, DIR/*.mp4, without labels
-Images (.jpg, .png) are clips that stand still. Kinetics, Something-Something, UCF101 and HMDB51 with
-their own tables are turned into lists once, by extras/videos.py.
+    a folder       DIR/train/<class>/*.mp4 and DIR/val/<class>/*.mp4, or DIR/<class>/*.mp4, or
+                   DIR/*.mp4 without labels, or lists DIR/train.csv and DIR/val.csv
+Images (.jpg, .png) are clips that stand still. The tables of Kinetics, Something-Something, UCF101
+and HMDB51 are turned into lists once, by extras/videos.py.
 
 Only the frames of a clip are decoded and converted, and a clip stays uint8 until it is on the
 training device. A video that can't be read is named and counted, and another takes its place.
@@ -64,11 +64,6 @@ class Videos:
         return Videos([self.paths[i] for i in indices], [self.labels[i] for i in indices],
                       self.classes, self.skipped)
 
-    def spread(self, most):
-        """At most so many, evenly from the whole list."""
-        count = min(most, len(self.paths))
-        return self.take([i * len(self.paths) // count for i in range(count)])
-
 
 def find_videos(source, splits=("train", ""), classes=None, required=True):
     """The Videos of a list or folder (layouts: top of this file).
@@ -78,67 +73,63 @@ def find_videos(source, splits=("train", ""), classes=None, required=True):
     finding none is an error. Raises UserError.
     """
     source, found = Path(source), Videos()
-    if not source.exists():
-        raise UserError(f"there is no {source}: give a folder of videos or a list")
     try:
         if source.is_file():
             read_list(source, found)
         for name in splits if source.is_dir() else ():
             if name and (source / f"{name}.csv").is_file():
                 read_list(source / f"{name}.csv", found)
-            elif (source / name).is_dir():
+            elif (source / name).is_dir() and not found.paths:
                 walk_folder(source / name, found, classes)
             if found.paths:
                 break
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{source} can't be read: {error}") from error
     if not found.paths and required:
-        skipped = f"; {len(found.skipped)} skipped, first {found.skipped[:1]}" if found.skipped else ""
-        raise UserError(f"no videos in {source}{skipped}: give lines `path label`, class folders or "
-                        f"a folder of videos ({', '.join(n for n in splits if n)}: .csv or folder)")
+        what = f"no videos in {source}" if source.exists() else f"there is no {source}"
+        skipped = f", but {len(found.skipped)} skipped, first {found.skipped[:1]}"
+        raise UserError(f"{what}{skipped if found.skipped else ''}. Give class folders, a folder "
+                        "of videos, or a list with lines `path label`; a folder may also hold them "
+                        f"as {' or '.join(f'{name}, {name}.csv' for name in splits if name)}")
     return found
 
 
 def files_below(folder):
-    """All files below a folder, sorted; links are followed, names that begin with a dot left out."""
+    """All files below a folder, sorted; links are followed, names with a dot first left out."""
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if not entry.name.startswith("."):
-            if entry.is_dir():
-                yield from files_below(entry.path)
-            else:
-                yield Path(entry.path)
+            yield from files_below(entry.path) if entry.is_dir() else [Path(entry.path)]
 
 
 def walk_folder(folder, found, classes=None):
     """Adds the videos below a folder; its sub-folders are the classes, numbered by name."""
-    tables = [p.name for pattern in ("*labels.json", "ucfTrainTestlist", "testTrainMulti*")
-              for p in folder.glob(pattern)]
-    if tables:
-        raise UserError(f"{folder} has tables of its own ({tables[0]}): turn them into lists first, "
-                        f"python extras/videos.py lists --help")
+    for pattern in ("*labels.json", "ucfTrainTestlist", "testTrainMulti*"):
+        if any(folder.glob(pattern)):
+            raise UserError(f"{folder} has tables of its own, {pattern}: turn them into lists, see "
+                            "python extras/videos.py lists --help")
     files = list(files_below(folder))
-    kinds = SUFFIXES if any(p.suffix.lower() in SUFFIXES for p in files) else IMAGES
-    videos = [p for p in files if p.suffix.lower() in kinds and p.is_file()]
-    found.skipped += [f"{p}: not a video, by name or kind" for p in set(files) - set(videos)]
-    deep = [p for p in videos if p.parent != folder]
-    if not deep:
-        found.paths, found.labels = [str(p) for p in videos], [-1] * len(videos)
-        return
-    found.skipped += [f"{p}: in no class folder, unlike others" for p in set(videos) - set(deep)]
-    names = [p.relative_to(folder).parts[0] for p in deep]
-    found.classes = classes or sorted(set(names))
-    if unknown := sorted(set(names) - set(found.classes)):
-        raise UserError(f"{folder} has class folders that the training videos don't have: "
-                        f"{', '.join(unknown[:5])}")
-    number = {name: label for label, name in enumerate(found.classes)}
-    found.paths, found.labels = [str(p) for p in deep], [number[name] for name in names]
+    kinds = SUFFIXES if any(path.suffix.lower() in SUFFIXES for path in files) else IMAGES
+    videos = [path for path in files if path.suffix.lower() in kinds and path.is_file()]
+    in_classes = [path for path in videos if path.parent != folder]
+    found.paths = [str(path) for path in in_classes or videos]
+    found.labels = [-1] * len(found.paths)
+    found.skipped += [f"{path}: not a video, by its name or place"
+                      for path in sorted(set(files) - set(in_classes or videos))]
+    if in_classes:
+        names = [path.relative_to(folder).parts[0] for path in in_classes]
+        found.classes = classes or sorted(set(names))
+        if unknown := sorted(set(names) - set(found.classes)):
+            raise UserError(f"{folder} has class folders that the training videos don't have: "
+                            f"{', '.join(unknown[:5])}")
+        number = {name: label for label, name in enumerate(found.classes)}
+        found.labels = [number[name] for name in names]
 
 
 def read_list(file, found):
     """Adds the videos of a list; lines that name none are skipped, quoted with their number."""
     lines = file.read_text(encoding="utf-8-sig").splitlines()
     if lines and lines[0].startswith("label,youtube_id"):
-        raise UserError(f"{file} is a table of Kinetics: turn it into a list first, python "
+        raise UserError(f"{file} is a table of Kinetics: turn it into a list first, see python "
                         "extras/videos.py lists --help")
     for number, line in enumerate(map(str.strip, lines), start=1):
         path, label = line, "-1"
@@ -147,15 +138,12 @@ def read_list(file, found):
         path = file.parent / path
         if path.suffix and not path.is_file():
             path = path.with_suffix(".mp4")  # as extras/videos.py prepare names it
-        if not line:
-            continue
-        if not path.is_file():
-            found.skipped.append(f'{file}, line {number}, "{line[:200]}": there is no such file')
-        elif label != "-1" and not label.isdecimal():
-            found.skipped.append(f'{file}, line {number}, "{line[:200]}": the label is no number')
-        else:
+        if path.is_file() and (label == "-1" or label.isdecimal()):
             found.paths.append(str(path))
             found.labels.append(int(label))
+        elif line:
+            reason = "the label is no number" if path.is_file() else "there is no such file"
+            found.skipped.append(f'{file}, line {number}, "{line[:200]}": {reason}')
 
 
 # --- Decoding -------------------------------------------------------------------------------------
@@ -414,11 +402,10 @@ def kill_workers():
         worker.kill()
 
 
-def loader(clips, batch, sampler, workers, device="cpu", timeout=0):
-    """A DataLoader of batches as collate makes them; it raises RuntimeError if workers stall."""
+def loader(clips, batch, sampler, workers, device="cpu"):
+    """A DataLoader of batches as collate makes them."""
     return DataLoader(clips, batch, sampler=sampler, num_workers=workers, collate_fn=collate,
-                      worker_init_fn=start_worker, timeout=timeout if workers else 0,
-                      pin_memory=torch.device(device).type == "cuda")
+                      worker_init_fn=start_worker, pin_memory=torch.device(device).type == "cuda")
 
 
 def open_videos():

@@ -6,10 +6,9 @@ Paper: Salehi, Dorkenwald, Thoker, Gavves, Snoek, Asano, ECCV 2024, arXiv 2407.1
     video = torch.randn(2, 3, 16, 224, 224)                # normalised with ImageNet's mean and std
     loss, stats = model(video, tube_mask(2, (8, 14, 14)))  # pretrain: 90% of the tubes are hidden
     features = model.encoder(video)                        # use: (2, 1568, 768), a token per tube
-    model = load_model("checkpoint.pth")                   # the authors', VideoMAE's or your own
 
-`python sigma.py` walks one clip through the method and prints each step. The parts are defined
-from small to large; `tube_mask`, `sinkhorn` and `symmetric_loss` can each be copied on their own.
+`python sigma.py` walks one clip through the method. The parts are defined from small to large;
+`tube_mask`, `sinkhorn` and `symmetric_loss` can each be copied alone.
 
 Shapes   B clips of 3 x T x H x W pixels   N tubes of a clip = V visible + M hidden
          D width of a token   E width of features and prototypes   K prototypes   P values of a tube
@@ -30,7 +29,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class UserError(Exception):
-    """A user's error: the scripts show its one sentence, without a traceback, and exit with 2."""
+    """A user's error: scripts show its sentence, without a traceback, and exit with this code."""
+    code = 2
 
 
 # --- Tubes: a clip in pieces of 2 frames x 16 x 16 pixels, their positions, which are hidden ------
@@ -49,41 +49,36 @@ def tube_mask(batch, grid, ratio=0.9, generator=None):
     """Random tube masks (paper, method section; VideoMAE): (batch, t*h*w) bool, True where hidden.
 
     Each clip hides int(ratio * h*w) positions of its own, the same in all t time slices, so that a
-    hidden tube can't be copied from the slice before. All clips hide the same number: their visible
-    tubes form one dense batch. grid: the clip's size (t, h, w) in tubes. ratio: between 0 and 1.
-    generator: a torch.Generator on the CPU. Raises ValueError if nothing or everything is hidden.
+    hidden tube can't be copied from the slice before. All hide the same number, so the visible
+    tubes form one dense batch. grid: the clip's size (t, h, w) in tubes. generator: on the CPU.
     """
     t, h, w = grid
     hidden = int(ratio * h * w)
     if not 0 < hidden < h * w:
-        raise ValueError(f"a mask must hide some tubes of a slice and leave some, but ratio {ratio} "
-                         f"hides {hidden} of {h * w}")
+        raise ValueError(f"ratio {ratio} hides {hidden} of {h * w} tubes of a slice, not some")
     chosen = torch.rand(batch, h * w, generator=generator).argsort(dim=1)[:, :hidden]
     mask = torch.zeros(batch, h * w, dtype=torch.bool).scatter_(1, chosen, True)  # one slice
     return mask.repeat(1, t)  # B N
 
 
 def split_mask(mask, device=None):
-    """Mask (B, N), True where hidden -> indices of visible (B, V) and of hidden tubes (B, M).
+    """Mask (B, N), True where hidden -> ascending indices of visible (B, V), hidden tubes (B, M).
 
-    Give the mask on the CPU: V and M are Python numbers, and a mask on a GPU would make us wait.
+    Give it on the CPU: V and M are Python numbers, and a mask on a GPU would make us wait.
     """
-    hidden = mask.bool().sum(dim=1).tolist()
+    hidden = mask.sum(dim=1).tolist()
     if len(set(hidden)) != 1:
         raise ValueError(f"all clips of a batch must hide the same number of tubes, not {hidden}")
-    mask = mask.to(device, non_blocking=True)
-    order = mask.byte().argsort(dim=1, stable=True)  # visible ones first, both in ascending order
-    return order[:, :mask.shape[1] - hidden[0]], order[:, mask.shape[1] - hidden[0]:]
+    order = mask.to(device, non_blocking=True).byte().argsort(dim=1, stable=True)  # visible first
+    return order.split([mask.shape[1] - hidden[0], hidden[0]], dim=1)
 
 
 def take_tubes(video, tube, index=None):
-    """Video (B, 3, T, H, W) -> its tubes at index (B, n), or all: (B, n, 3, p, q, r).
-
-    tube: the size (p, q, r) of one, in frames, rows and columns; it must divide the video's.
-    """
+    """Video (B, 3, T, H, W) -> its tubes of size tube = (p, q, r) at index (B, n), or all of them:
+    (B, n, 3, p, q, r)."""
     if any(size % step for size, step in zip(video.shape[2:], tube)):
-        raise ValueError(f"a clip of {tuple(video.shape[2:])} frames, rows and columns can't be cut "
-                         f"into tubes of {tuple(tube)}: each must divide evenly")
+        raise ValueError(f"clips of {tuple(video.shape[2:])} frames, rows and columns can't be cut "
+                         f"into tubes of {tuple(tube)}")
     p, q, r = tube
     grid = rearrange(video, "b c (t p) (h q) (w r) -> b t h w c p q r", p=p, q=q, r=r)  # a view
     if index is None:
@@ -95,6 +90,11 @@ def take_tubes(video, tube, index=None):
 def standardise(x, dim):
     """Zero mean and unit (unbiased) variance along dim; 1e-6 keeps constant tubes finite."""
     return (x - x.mean(dim, keepdim=True)) / (x.std(dim, keepdim=True) + 1e-6)
+
+
+def at_least_fp32(x):
+    """x in float32 if it has fewer bits; float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # --- The video model: a ViT sees the visible tubes, a light decoder predicts features of the rest -
@@ -146,20 +146,19 @@ class Block(nn.Module):
 
 
 def run_blocks(blocks, x, recompute):
-    """Tokens (B, n, D) through the blocks. recompute: activations are computed again in the
-    backward pass instead of kept, a third more arithmetic for the memory of one block."""
+    """Tokens (B, n, D) through the blocks. recompute: for the backward pass activations are
+    computed again instead of kept, a third more arithmetic for the memory of one block."""
     for block in blocks:
         x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
     return x
 
 
-def init_linear(module):
-    """Xavier-uniform weights and zero biases in all linear layers; LayerNorms start at 1 and 0."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.xavier_uniform_(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+def init_linear(layer):
+    """Xavier-uniform weights and zero biases; LayerNorms start at 1 and 0 as they are."""
+    if isinstance(layer, nn.Linear):
+        nn.init.xavier_uniform_(layer.weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
 
 
 class TubeEmbedding(nn.Module):
@@ -182,12 +181,12 @@ class Encoder(nn.Module):
         self.patch_embed = TubeEmbedding(dim, self.tube)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        init_linear(self)
+        self.apply(init_linear)
 
     def forward(self, video, visible=None):
         """video (B, 3, T, H, W), of any size that the tube divides; visible (B, V), see split_mask.
 
-        Returns the tokens of all tubes (B, N, D) in (t h w) order, or of the visible ones (B, V, D).
+        Returns tokens in (t h w) order, of all tubes (B, N, D) or of the visible ones (B, V, D).
         """
         n = math.prod(video.shape[2:]) // math.prod(self.tube)
         place = positions(n, self.dim, video.device)  # N D
@@ -205,7 +204,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, out)
-        init_linear(self)
+        self.apply(init_linear)
 
     def forward(self, x, hidden):
         return self.head(self.norm(run_blocks(self.blocks, x, self.recompute)[:, -hidden:]))
@@ -240,22 +239,19 @@ class Teacher(nn.Module):
     def __init__(self, weights, tube=(2, 16, 16)):
         super().__init__()
         weights = {n: w for n, w in weights.items() if not n.startswith("head.")}  # of its training
-        if not {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= weights.keys():
-            raise UserError("the teacher's file is no DINO ViT: give that of the backbone alone")
         place, token = weights.pop("pos_embed"), weights.pop("cls_token")
-        embedding = weights["patch_embed.proj.weight"] = weights["patch_embed.proj.weight"][:, :, None]
+        embedding = weights["patch_embed.proj.weight"][:, :, None]  # E 3 1 patch patch
+        weights["patch_embed.proj.weight"] = embedding
         self.tube, self.dim, self.patch = tuple(tube), len(embedding), embedding.shape[-1]
-        for name in [name for name in weights if name.endswith("attn.qkv.bias")]:
-            query, _, value = weights.pop(name).chunk(3)  # a bias of the keys cancels in the softmax
-            weights[name.replace("qkv.bias", "q_bias")] = query
-            weights[name.replace("qkv.bias", "v_bias")] = value
-        vit = Encoder(dim=self.dim, depth=depth_of(weights, "blocks"), heads=max(1, self.dim // 64),
+        for name in [name for name in weights if name.endswith("qkv.bias")]:
+            query, _, value = weights.pop(name).chunk(3)  # a bias of keys cancels in the softmax
+            weights |= {name.replace("qkv.", "q_"): query, name.replace("qkv.", "v_"): value}
+        vit = Encoder(dim=self.dim, depth=count_parts(weights, "blocks"), heads=self.dim // 64,
                       tube=(1, self.patch, self.patch))
-        self.vit = fill(vit, weights, "the teacher's file")
+        self.vit = fill(vit, weights, "the teacher's file").requires_grad_(False)
         self.register_buffer("token", token + place[:, :1])  # 1 1 E
         self.register_buffer("place", rearrange(  # 1 E side side
             place[:, 1:], "1 (h w) e -> 1 e h w", h=math.isqrt(place.shape[1])))
-        self.requires_grad_(False)
 
     @torch.no_grad()
     def forward(self, video):
@@ -296,23 +292,21 @@ def sinkhorn(scores, eps=0.05, iters=10, group=None):
     branches = [s.to(torch.promote_types(s.dtype, torch.float32)) for s in branches]
     parallel = dist.is_available() and dist.is_initialized()
     with torch.autocast(branches[0].device.type, enabled=False):
-        # exp(2 / 0.005) overflows. A factor of a column belongs to v, which the first iteration
-        # replaces; one of a row belongs to u. So A = exp((scores - column maxima - row maxima) /
-        # eps) is exact if u starts as exp(row maxima / eps), and each line of A keeps a 1.
+        # exp(2 / 0.005) overflows. A column's factor belongs to v, which the first iteration sets;
+        # a row's to u. So column and row maxima can go, exactly, and each line of A keeps a 1.
         peaks = torch.stack([s.amax(dim=0) for s in branches])  # branches K
         if parallel:
             dist.all_reduce(peaks, dist.ReduceOp.MAX, group=group)
         kernels = [s - peak for s, peak in zip(branches, peaks)]  # N K each
-        rows = [kernel.amax(dim=1) for kernel in kernels]  # N each
-        for kernel, row in zip(kernels, rows):
-            kernel.sub_(row[:, None]).div_(eps).exp_()
-        us = [(row / eps).exp() for row in rows]
+        rows = [kernel.amax(dim=1, keepdim=True) for kernel in kernels]  # N 1 each
+        us = [row.div(eps).exp_().squeeze(1) for row in rows]  # N each
+        kernels = [kernel.sub_(row).div_(eps).exp_() for kernel, row in zip(kernels, rows)]
         for _ in range(iters):
             totals = torch.stack([u @ kernel for u, kernel in zip(us, kernels)])  # branches K
             if parallel:
                 dist.all_reduce(totals, group=group)
-            # Each prototype's total, over all ranks, becomes the same number. Which one does not
-            # matter, the next u undoes a factor, so v is scaled to a largest value of 1.
+            # All prototypes get the same total over all ranks. The next u undoes any factor of v,
+            # so v need not make it 1 / K, but is scaled to a largest value of 1.
             vs = totals.amin(dim=1, keepdim=True) / totals
             us = [1 / (kernel @ v) for kernel, v in zip(kernels, vs)]  # each tube's row sums to 1
         soft = [kernel.mul_(v).mul_(u[:, None]) for kernel, u, v in zip(kernels, us, vs)]
@@ -334,18 +328,12 @@ def symmetric_loss(video_scores, target_scores, video_assignment, target_assignm
 
 def usage(assignment, k):
     """How many of k prototypes an assignment (N,) uses, and the entropy of their use (<= ln k)."""
-    share = torch.zeros(k, device=assignment.device)
-    share = share.index_add_(0, assignment, torch.ones_like(assignment, dtype=share.dtype))
-    share = share / len(assignment)
+    one = torch.full_like(assignment, 1 / len(assignment), dtype=torch.float32)
+    share = one.new_zeros(k).index_add_(0, assignment, one)
     return (share > 0).sum(), -torch.special.xlogy(share, share).sum()
 
 
 # --- SIGMA ----------------------------------------------------------------------------------------
-
-def at_least_fp32(x):
-    """x in float32 if it has fewer bits; float64 stays float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
 
 class SIGMA(nn.Module):
     """The two networks, the prototypes between them, and the loss.
@@ -421,8 +409,8 @@ class SIGMA(nn.Module):
             n = math.prod(video.shape[2:]) // math.prod(self.encoder.tube)
             wanted = (len(video), n, self.prototypes.shape[1])
             if features is None or features.shape != wanted:
-                raise ValueError(f'target "{self.target}" needs a Teacher\'s features of all tubes, '
-                                 f"{wanted}, not {None if features is None else features.shape}")
+                raise ValueError(f"target {self.target} needs a Teacher's features, {wanted}, not "
+                                 f"{features if features is None else tuple(features.shape)}")
             features = standardise(at_least_fp32(features.detach()), dim=1)  # over a clip's tubes
             return features.take_along_dim(hidden[..., None], dim=1)  # B M E
         tubes = take_tubes(video, self.encoder.tube, hidden)  # B M 3 p q r
@@ -469,9 +457,6 @@ def build_model(size="base", **changes):
 
 # --- Checkpoints: ours, and the published pretraining ones ----------------------------------------
 
-HEADS = {s[part + "dim"]: s[part + "heads"] for s in SIZES.values() for part in ("", "decoder_")}
-
-
 def read_checkpoint(path, holds="encoder.patch_embed.proj.weight"):
     """A checkpoint (a file, or a run's folder) as a dictionary; "model" has the weights by name.
 
@@ -479,8 +464,8 @@ def read_checkpoint(path, holds="encoder.patch_embed.proj.weight"):
     holds: a name that it must have. Runs no code from the file. Raises UserError.
     """
     path = Path(path, "last.pt") if Path(path).is_dir() else Path(path)
-    others = ", ".join(str(p) for p in sorted(path.parent.glob("*.pt")) if p != path)
-    others = f"; beside it there is {others}" if others else ""
+    others = [str(p) for p in sorted(path.parent.glob("*.pt")) if p != path]
+    others = f"; beside it there is {', '.join(others)}" if others else ""
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}{others}")
     try:
@@ -489,18 +474,20 @@ def read_checkpoint(path, holds="encoder.patch_embed.proj.weight"):
         content = content if "model" in content else {"model": content.get("module", content)}
         weights = {name.removeprefix("module."): w for name, w in content["model"].items()}  # DDP's
         weights = {re.sub(r"^head\.(?=\d)", "projector.", n): w for n, w in weights.items()}
-        shapes = {name: tuple(w.shape) for name, w in weights.items()}
+        lacking = holds not in {name for name, w in weights.items() if w.ndim}
     except Exception as error:  # whatever a damaged or foreign file brings about
-        reason = re.search(r"GLOBAL \S+|.*", str(error))[0][:200]  # GLOBAL: code it asks for
+        asks = re.search(r"GLOBAL \S+", str(error))  # for code
+        reason = asks[0] if asks else str(error).partition("\n")[0][:200]
         raise UserError(f"{path} can't be read as a checkpoint ({reason}){others}") from error
-    if holds not in shapes:
-        raise UserError(f"{path} is another network's: it has no {holds}; extras/weights.py converts "
-                        "fine-tuned and Hugging Face checkpoints")
+    if lacking:
+        raise UserError(f"{path} holds another network, without {holds}; extras/weights.py can "
+                        "convert fine-tuned and Hugging Face checkpoints")
     return content | {"model": weights}
 
 
 def fill(model, weights, source):
-    """Loads weights into a model, all or none, and returns it. Raises UserError with what differs."""
+    """Loads weights into a model, all or none, and returns it. Raises UserError with what differs.
+    """
     theirs, ours = ({n: tuple(w.shape) for n, w in some.items()}
                     for some in (weights, model.state_dict()))
     differ = [f"{n} (here {ours.get(n, 'absent')}, there {theirs.get(n, 'absent')})"
@@ -512,7 +499,7 @@ def fill(model, weights, source):
     return model
 
 
-def depth_of(weights, prefix):
+def count_parts(weights, prefix):
     """How many numbered parts, such as blocks, a network with these weights has at the prefix."""
     return len({n[len(prefix) + 1:].split(".")[0] for n in weights if n.startswith(prefix + ".")})
 
@@ -522,22 +509,23 @@ def sizes_of(weights, heads=None, decoder_heads=None):
 
     Their shapes tell all but the heads, which are given or the paper's for networks as wide.
     """
+    table = {size["dim"]: size["heads"] for size in SIZES.values()} | {
+        size["decoder_dim"]: size["decoder_heads"] for size in SIZES.values()}
     dim, _, *tube = weights["encoder.patch_embed.proj.weight"].shape
-    sizes = dict(dim=dim, depth=depth_of(weights, "encoder.blocks"), tube=tuple(tube),
-                 heads=heads or HEADS.get(dim))
+    sizes = dict(dim=dim, depth=count_parts(weights, "encoder.blocks"), tube=tuple(tube),
+                 heads=heads or table.get(dim))
     if "decoder.head.weight" in weights:
         out, width = weights["decoder.head.weight"].shape
-        sizes |= dict(decoder_dim=width, decoder_depth=depth_of(weights, "decoder.blocks"),
-                      decoder_heads=decoder_heads or HEADS.get(width), target="pixel")
+        sizes |= dict(decoder_dim=width, decoder_depth=count_parts(weights, "decoder.blocks"),
+                      decoder_heads=decoder_heads or table.get(width), target="pixel")
     if "prototypes" in weights:
-        layers = [len(weights[f"projector.{2 * i}.bias"])
-                  for i in range(depth_of(weights, "projector"))]
-        dino = "dino-s" if out == DINO["dino-s"][0] else "dino"
-        sizes |= dict(target="mlp" if layers else dino, target_dim=out,
-                      prototypes=len(weights["prototypes"]), projector_widths=layers[:-1])
+        layers = count_parts(weights, "projector")
+        widths = [len(weights[f"projector.{2 * i}.bias"]) for i in range(layers)]
+        target = "mlp" if layers else "dino-s" if out == DINO["dino-s"][0] else "dino"
+        sizes |= dict(target=target, target_dim=out, prototypes=len(weights["prototypes"]),
+                      projector_widths=widths[:-1])
     if None in sizes.values():
-        raise UserError("the weights don't tell how many heads this network has: give heads and "
-                        "decoder_heads")
+        raise UserError("weights don't tell the number of heads: give heads and decoder_heads")
     return sizes
 
 
@@ -553,11 +541,11 @@ def load_model(path, heads=None, decoder_heads=None):
     if "target" in sizes:
         model = SIGMA(**sizes)
     else:
-        arguments = {name: sizes[name] for name in ("dim", "depth", "heads", "tube")}
-        model = nn.ModuleDict({"encoder": Encoder(**arguments)})
+        sizes = {name: sizes[name] for name in ("dim", "depth", "heads", "tube")}
+        model = nn.ModuleDict({"encoder": Encoder(**sizes)})
         weights = {name: w for name, w in weights.items() if name.startswith("encoder.")}
-    if "encoder.norm.weight" not in weights:
-        model.encoder.norm = nn.Identity()  # fine-tuned networks have a norm behind the mean instead
+    if "encoder.norm.weight" not in weights:  # fine-tuned networks have one behind the mean instead
+        model.encoder.norm = nn.Identity()
     return fill(model, weights, path)
 
 
@@ -570,23 +558,20 @@ def walk():
         visible, hidden = split_mask(mask)
         predicted, target = model.predict(clip, visible, hidden), model.embed(clip, hidden)
         scores = model.compare(predicted, target)
-        soft = sinkhorn(scores, model.eps, model.iters)
-        hard = [s.argmax(dim=1) for s in soft]
-        loss, _ = symmetric_loss(*scores, *hard)
+        soft = sinkhorn(scores)
+        loss, _ = symmetric_loss(*scores, *(s.argmax(dim=1) for s in soft))
     k = len(model.prototypes)
-    shares = [q.mean(dim=0).max() * k for q in (soft[1], (scores[1] / model.eps).softmax(dim=1))]
     for step, x in (
-            ("clip, normalised RGB", clip), ("its 8 x 14 x 14 tubes", mask),
-            ("1 tube mask: 90% are hidden, in all slices alike", hidden),
-            ("2 encoder: tokens of the visible ones", model.encoder(clip, visible)),
-            ("  decoder: features predicted for the hidden ones", predicted),
-            ("3 projector: features of their pixels", target),
-            ("4 cosines to the prototypes, predicted", scores[0]),
-            ("  cosines to the prototypes, true", scores[1]),
-            ("5 Sinkhorn: balanced assignment of the true ones", soft[1]),
-            (f"  largest prototype {shares[0]:.2f} x its share, softmax {shares[1]:.0f} x", hard[1]),
-            (f"6 loss {loss:.2f}, by chance 2 ln K = {2 * math.log(k):.2f}", loss)):
-        print(f"{step:60}{tuple(x.shape)}")
+            ("  a clip, normalised RGB", clip), ("  its tubes, 8 x 14 x 14", mask),
+            ("1 90% of them are hidden, in all slices alike", hidden),
+            ("2 the video model: tokens of the visible ones", model.encoder(clip, visible)),
+            ("  and features predicted for the hidden ones", predicted),
+            ("3 the projection network: features of their pixels", target),
+            ("4 cosines to the prototypes, of both", scores[0]),
+            (f"5 Sinkhorn: the largest prototype has {soft[1].mean(0).max() * k:.2f} / K of them, "
+             f"by softmax {(scores[1] / 0.05).softmax(1).mean(0).max() * k:.0f} / K", soft[1]),
+            (f"6 each predicts the other's: {loss:.2f}, 2 ln K = {2 * math.log(k):.2f}", loss)):
+        print(f"{step:70}{tuple(x.shape)}")
 
 
 if __name__ == "__main__":

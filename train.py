@@ -1,7 +1,6 @@
 """Pretrain SIGMA: on the toy set in minutes, on real videos, on one process or many.
 
     python train.py                                   toy set: render, pretrain, linear probe, k-NN
-    python train.py --target pixel                    the same with VideoMAE's target
     torchrun --nproc_per_node=8 train.py --data k400 --root DIR        the paper's recipe
     python train.py --data videos/ --model small --epochs 100          your own videos
 
@@ -29,17 +28,17 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (RETRIES, Clips, EndlessSampler, centre_crop, centre_frames, corner_crop,
-                  find_videos, kill_workers, loader, make_toy, normalise, open_videos)
-from sigma import (DINO, SIGMA, SIZES, TARGETS, Teacher, UserError, fill, read_checkpoint, sizes_for,
-                   tube_mask)
+from data import (Clips, EndlessSampler, centre_crop, centre_frames, corner_crop, find_videos,
+                  kill_workers, loader, make_toy, normalise, open_videos)
+from sigma import (DINO, SIGMA, SIZES, TARGETS, Teacher, UserError, fill, read_checkpoint,
+                   sizes_for, tube_mask)
 
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
                            (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # torchrun's
-LOG_STEPS, LOG_SECONDS, SAVE_SECONDS = 10, 10, 600  # a log line at least so often; last.pt
+LOG_STEPS, LOG_SECONDS, SAVE_SECONDS = 10, 10, 600  # at most, from one log line or save to the next
 MAX_UNREADABLE = 0.01  # share of the videos; five are always tolerated
 EVAL_CLIPS = 10_000  # of each split, for probe and k-NN
-PROTOCOL = ("top-1, frozen encoder, mean over tokens, one centre clip per video; linear probe: ridge "
+PROTOCOL = ("top-1, frozen encoder, mean over tokens, one centre clip per video; probe: ridge "
             "regression on standardised features; k-NN: cosine, k = 20, temperature 0.07")
 
 
@@ -79,7 +78,7 @@ def parse(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
 
-    def positive(text):
+    def count(text):
         if int(text) < 1:
             raise ValueError
         return int(text)
@@ -91,39 +90,41 @@ def parse(argv):
     add("--target", choices=TARGETS, default="mlp", help="mlp: SIGMA-MLP (default); dino, dino-s: "
         "SIGMA-DINO with ViT-B or ViT-S; pixel: VideoMAE")
     add("--teacher", metavar="FILE", help="DINO's weights (default: downloaded once)")
-    add("--init", metavar="FILE", help="start from the weights of a checkpoint or run (their "
-        "--model and --target)")
+    add("--init", metavar="FILE", help="start from the weights of a checkpoint or run")
     add("--out", help="folder of the run (default: out/<data>-<model>-<target>)")
-    add("--epochs", type=positive, help="passes over the data; the schedule stretches with them")
-    add("--batch-size", type=positive, help="clips at a time in each process: what its memory holds")
-    add("--accum", type=positive, help="batches per step (default: to reach the recipe's global "
-        "batch); Sinkhorn still balances each batch alone")
-    add("--repeat", type=positive, default=1, help="clips from each decoded video: loads faster")
+    add("--epochs", type=count, help="passes over the data; the schedule stretches with them")
+    add("--batch-size", type=count, help="clips at a time in a process: what its memory holds")
+    add("--accum", type=count, help="batches per step (default: as many as make the recipe's "
+        "global batch); Sinkhorn still balances each batch alone")
+    add("--repeat", type=count, default=1, help="clips from each decoded video: loads faster")
     add("--lr", type=float, help="peak learning rate for 256 clips per step, scaled to yours")
     add("--eps", type=float, help="Sinkhorn's: smaller is sharper; 0.03 to 0.05 is usual")
-    add("--frames", type=positive, help="frames of a clip")
-    add("--stride", type=positive, help="video frames from one frame of a clip to the next")
-    add("--size", type=positive, help="height and width of a clip, pixels")
-    add("--amp", choices=["bf16", "fp16", "off"], help="autocast (default: on GPUs, bf16 or fp16)")
+    add("--frames", type=count, help="frames of a clip")
+    add("--stride", type=count, help="video frames from one frame of a clip to the next")
+    add("--size", type=count, help="height and width of a clip, pixels")
+    add("--amp", choices=["bf16", "fp16", "off"], help="autocast (default: bf16 or fp16 on GPUs)")
     add("--compile", action="store_true", help="compile the blocks: starts slowly, runs faster")
-    add("--workers", type=int, help="loader processes for each training process")
-    add("--timeout", type=positive, default=300, help="seconds to wait for the loader")
+    add("--workers", type=int, help="loader processes of each training process")
+    add("--timeout", type=count, default=300, help="seconds to wait for the loader")
     add("--seed", type=int, default=0, help="of weights, order, crops and masks")
-    add("--eval-every", type=int, default=0, help="epochs from one probe to the next (0: at the end)")
-    add("--keep-every", type=int, default=0, help="epochs from one kept checkpoint to the next")
-    add("--max-steps", type=positive, default=math.inf, help="stop and save after this step")
+    add("--eval-every", type=int, default=0, help="epochs between probes (default: at the end)")
+    add("--keep-every", type=int, default=0, help="epochs between checkpoints that are kept")
+    add("--max-steps", type=count, default=math.inf, help="stop and save after this step")
     known, _ = parser.parse_known_args(argv)
     model = known.model or ("tiny" if known.data == "toy" else "base")
     name = f"{Path(known.data).resolve().stem}-{model}-{known.target}"
     parser.set_defaults(model=model, out=f"out/{name}", **recipe(known.data, model))
     args = parser.parse_args(argv)
+    tube, sides = sizes_for(args.model)["tube"], (args.frames, args.size, args.size)
+    if any(side % step for side, step in zip(sides, tube)) or args.size == tube[1]:
+        parser.error(f"--frames and --size must be multiples of {args.model}'s tubes, {tube}")
     if args.root and args.data not in RECIPES:
         parser.error("--root only applies to named data sets, not to a folder or list")
     if args.teacher and args.target not in DINO:
         parser.error("--teacher only applies to --target dino or dino-s")
-    if (args.batch_size or 0) % args.repeat:
+    if args.batch_size and args.batch_size % args.repeat:
         parser.error("--batch-size must be divisible by --repeat")
-    if not 0.005 <= args.eps or not 0 <= args.lr < math.inf or args.workers < 0:
+    if args.eps < 0.005 or not 0 <= args.lr < math.inf or args.workers < 0:
         parser.error("--eps must be at least 0.005, --lr and --workers at least 0")
     return args
 
@@ -204,8 +205,8 @@ def make_teacher(args, tube):
             return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True,
                                                       check_hash=bool(sha), file_name=name)
         except (OSError, RuntimeError) as error:
-            raise UserError(f"DINO's weights can't be downloaded from {url} ({error}): download the "
-                            "file elsewhere and give it with --teacher FILE") from error
+            raise UserError(f"DINO's weights can't be downloaded ({error}): get {url} elsewhere "
+                            "and give the file with --teacher") from error
 
     if args.teacher:
         return Teacher(read_checkpoint(args.teacher, "patch_embed.proj.weight")["model"], tube)
@@ -228,20 +229,34 @@ def learning_rate(step, steps, warmup, peak, final):
 
 
 class StopSignals:
-    """Counts SIGTERM, SIGUSR1 and Ctrl-C instead of ending; the second one ends the process."""
+    """Notes SIGTERM, SIGUSR1 and Ctrl-C in `seen`; the second one ends the process at once."""
 
     def __init__(self):
-        self.names, self.seen = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT), False
-        self.before = {name: signal.signal(name, self.note) for name in self.names}
+        self.seen, names = False, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        self.before = {name: signal.signal(name, self.note) for name in names}
 
     def note(self, number, frame):
         self.seen = True
-        for name in self.names:
+        for name in self.before:
             signal.signal(name, signal.SIG_DFL)
 
     def restore(self):
         for name, handler in self.before.items():
             signal.signal(name, handler)
+
+
+def next_batch(batches, seconds):
+    """The loader's next batch. Raises RunError after so many seconds without one."""
+    def give_up(number, frame):
+        raise RunError(f"the loader gave no batch in {seconds} s, is a disk stalled? Its workers "
+                       f"have open: {', '.join(open_videos()) or 'no video, or not known'}")
+
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    try:
+        return next(batches)
+    finally:
+        signal.alarm(0)
 
 
 def save_atomically(path, content):
@@ -255,8 +270,8 @@ def save_atomically(path, content):
         draft.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into the latter
         draft.unlink(missing_ok=True)
-        raise RunError(f"{path} can't be written ({error}); what was there before is untouched, and "
-                       "the same command goes on from it") from error
+        raise RunError(f"{path} can't be written ({error}); what was there before is untouched, "
+                       "and the same command goes on from it") from error
 
 
 # --- Probe and k-NN of the frozen encoder ---------------------------------------------------------
@@ -316,7 +331,7 @@ def evaluate(encoder, sets, device, amp, workers):
     (train, labels), (test, truth) = (
         collect(lambda video: encoder(video).mean(dim=1), clips, device, amp, workers)
         for clips in sets)
-    return {"linear_probe": accuracy(linear_probe(train, labels, test) , truth),
+    return {"linear_probe": accuracy(linear_probe(train, labels, test), truth),
             "knn": accuracy(nearest_neighbours(train, labels, test), truth)}
 
 
@@ -327,20 +342,17 @@ def in_words(results):
 # --- Pretraining ----------------------------------------------------------------------------------
 
 def collapse(line, tubes):
-    """A sentence if a log line from after warmup shows collapsed features, else None.
-
-    tubes: hidden ones per batch, which few prototypes may suffice for.
-    """
+    """A sentence if a log line from after warmup shows collapsed features, else None. tubes: hidden
+    ones in a batch; a few need not use all prototypes."""
     if "log_k" not in line:
         return None
     k, used = math.exp(line["log_k"]), math.exp(min(line["entropy"], line["target_entropy"]))
-    stuck = [name for name in ("target_term", "video_term")
-             if abs(line[name] / line["log_k"] - 1) < 0.01 or line[name] < 0.05 * line["log_k"]]
-    if used > 0.25 * min(k, tubes) and not stuck:
-        return None
-    return (f"collapsed? {used:.0f} of {k:.0f} prototypes are effectively in use, loss terms "
-            f"{line['target_term']:.2f} and {line['video_term']:.2f} (bad: near 0 or ln K = "
-            f"{line['log_k']:.2f}). Lower --lr or --eps, or raise --batch-size")
+    terms = line["target_term"], line["video_term"]
+    stuck = any(abs(t / line["log_k"] - 1) < 0.01 or t < 0.05 * line["log_k"] for t in terms)
+    if stuck or used < 0.25 * min(k, tubes):
+        return (f"collapsed? {used:.0f} of {k:.0f} prototypes are effectively in use, the terms of "
+                f"the loss are {terms[0]:.2f} and {terms[1]:.2f} (bad: near 0, or ln K = "
+                f"{line['log_k']:.2f}): lower --lr or --eps, or raise --batch-size")
 
 
 def check_same(saved, given, out):
@@ -358,8 +370,7 @@ def prepare_folder(out, skipped, step):
     """Makes the run's folder; drops log lines of steps that are going to be done again."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if skipped:
-            (out / "skipped.txt").write_text("".join(f"{line}\n" for line in skipped))
+        (out / "skipped.txt").write_text("".join(f"{line}\n" for line in skipped))
         lines = (out / "log.jsonl").read_text().splitlines() if step else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
         (out / "log.jsonl").write_text("".join(f"{line}\n" for line in kept))
@@ -370,47 +381,43 @@ def prepare_folder(out, skipped, step):
 def main(argv=None):
     """One run, from the flags to the results."""
     args = parse(argv)
-    device, out = set_up(), Path(args.out)
+    device, out, root = set_up(), Path(args.out), locate(args.data, args.root)
     amp = pick_amp(args.amp, device)
     before = read_checkpoint(out) if (out / "last.pt").exists() else None
     if before:
         check_same(before["args"], vars(args), out)
 
     # Model and optimiser.
-    sizes = sizes_for(args.model, args.target, eps=args.eps)
-    teacher = None
+    sizes, teacher = sizes_for(args.model, args.target, eps=args.eps), None
     if args.target in DINO:
         teacher = make_teacher(args, sizes["tube"]).to(device)
         sizes["target_dim"] = teacher.dim
     torch.manual_seed(args.seed)
-    model = SIGMA(**sizes)
-    untrained = copy.deepcopy(model.encoder).to(device) if args.data == "toy" else None
+    model = SIGMA(**sizes).to(device)
+    untrained = copy.deepcopy(model.encoder) if args.data == "toy" else None
     if args.init and not before:
         fill(model, read_checkpoint(args.init)["model"], args.init)
-    model.to(device)
     for part in (model.encoder, model.decoder):
-        part.recompute = sizes["dim"] >= SIZES["large"]["dim"]  # memory before speed
+        part.recompute = args.model in ("large", "huge")  # memory before speed
         for block in part.blocks if args.compile else ():
             block.compile()
     optimizer = make_optimizer(model)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
 
-    # Videos to train on; for probe and k-NN up to EVAL_CLIPS of them, and held-out ones.
-    root = locate(args.data, args.root)
+    # Videos: to train on; for probe and k-NN some of them, and held-out ones to test on.
     if args.data == "toy":
         one_first(lambda: make_toy(root))
-    videos = find_videos(root)
-    held_out = find_videos(args.val or root, ("val", "test", "") if args.val else ("val", "test"),
-                           videos.classes, required=bool(args.val))
+    videos, splits = find_videos(root), ("val", "test") + (("",) if args.val else ())
+    held_out = find_videos(args.val or root, splits, videos.classes, required=bool(args.val))
     shape = dict(frames=args.frames, stride=args.stride, size=args.size, tube=sizes["tube"],
                  ratio=args.ratio, seed=args.seed, cache={} if args.data == "toy" else None)
     clips = Clips(videos, **shape, repeat=args.repeat,
                   crop=centre_crop if args.data == "toy" else corner_crop)
-    centre = dict(choose=centre_frames, crop=centre_crop, tries=1)
-    sets = [Clips(some.spread(EVAL_CLIPS), **shape, **centre) for some in (videos, held_out)]
+    sets = [Clips(some.take(range(0, len(some.paths), 1 + len(some.paths) // EVAL_CLIPS)), **shape,
+                  choose=centre_frames, crop=centre_crop, tries=1) for some in (videos, held_out)]
     labelled = max(videos.labels) >= 0 and max(held_out.labels, default=-1) >= 0
 
-    # Batch and schedule.
+    # Batch and schedule, and the place in it.
     batch, accum = split_batch(args, WORLD, len(clips))
     per_step = batch * accum * WORLD  # clips
     steps = max(1, args.epochs * len(clips) // per_step)
@@ -425,35 +432,25 @@ def main(argv=None):
         scaler.load_state_dict(before["scaler"])
         step = before["clips_seen"] // per_step
 
-    k = 0 if args.target == "pixel" else len(model.prototypes)
     tubes = tube_mask(1, clips.grid, args.ratio).sum().item() * batch * WORLD
-    log(f"data      {len(clips):,} videos in {root}, {len(set(videos.labels) - {-1})} classes"
-        + (f"; {len(videos.skipped):,} skipped, see {out}/skipped.txt" if videos.skipped else ""))
-    log(f"model     {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, target "
-        f"{args.target}; clips of {args.frames} frames, {args.stride} apart, {args.size} pixels")
-    log(f"batch     {WORLD} processes x {batch} clips x {accum} accumulated = {per_step} per step, on "
-        f"{device}, {str(amp or torch.float32).removeprefix('torch.')}")
-    log(f"schedule  {args.epochs} epochs = {steps:,} steps, {warmup:,} of them warmup; learning rate "
-        f"{args.lr:g} x {per_step} / 256 = {peak:.3g}")
-    if k:
-        log(f"Sinkhorn  {tubes:,} hidden tubes at a time share {k:,} prototypes, eps {args.eps:g}")
-    if tubes < 3 * k:
-        log("note      few tubes for so many prototypes: a larger --batch-size or more processes "
-            "help, --accum does not")
+    log(f"data      {len(clips):,} videos in {root}, {len(set(videos.labels) - {-1})} classes, "
+        f"{len(videos.skipped):,} files or lines skipped ({out}/skipped.txt)")
+    log(f"model     {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"target {args.target}, on {device}, {str(amp or torch.float32).removeprefix('torch.')}")
+    log(f"clips     {args.frames} frames, {args.stride} apart, {args.size} x {args.size}; "
+        f"{WORLD} processes x {batch} at a time x {accum} accumulated = {per_step} per step")
+    log(f"schedule  {args.epochs} epochs = {steps:,} steps, {warmup:,} of them warmup; learning "
+        f"rate {args.lr:g} x {per_step} / 256 = {peak:.3g}")
+    if args.target != "pixel":
+        log(f"Sinkhorn  {tubes:,} hidden tubes at a time share {len(model.prototypes):,} prototypes"
+            "; if fewer than three for each, raise --batch-size (--accum does not help)")
     if args.global_batch not in (None, per_step):
-        log(f"note      the recipe has {args.global_batch} clips per step; the learning rate follows")
+        log(f"note      the recipe has {args.global_batch} clips per step; the rate is scaled")
     if before and before["per_step"] != per_step:
         log(f"note      the run had {before['per_step']} clips per step before")
-
-    finished = out / "results.json"
-    if step >= steps and finished.exists():
-        show(json.loads(finished.read_text()))
+    if step >= steps and (out / "results.json").exists():
+        show(json.loads((out / "results.json").read_text()))
         return log(f"{out} is complete; to start anew choose another --out, or remove it")
-
-    if RANK == 0:
-        prepare_folder(out, videos.skipped, step)
-    parallel = DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
-    control = dist.new_group(backend="gloo") if WORLD > 1 else None  # a few numbers per step
 
     def save(name="last.pt"):
         if RANK == 0:
@@ -462,12 +459,16 @@ def main(argv=None):
                 scaler=scaler.state_dict(), clips_seen=step * per_step, per_step=per_step,
                 videos=len(clips), args=vars(args)))
 
+    if RANK == 0:
+        prepare_folder(out, videos.skipped, step)
     if not before:
         save()  # a disk that can't be written to shows now
+    parallel = DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
+    control = dist.new_group(backend="gloo") if WORLD > 1 else None  # two numbers per step
     sampler = EndlessSampler(len(clips), batch // args.repeat, RANK, WORLD, args.seed,
                              step * per_step // args.repeat)
-    batches = iter(loader(clips, sampler.batch, sampler, args.workers, device, args.timeout))
-    stop, recent, unreadable, named, bad_logs = StopSignals(), [], {}, set(), 0
+    batches = iter(loader(clips, sampler.batch, sampler, args.workers, device))
+    stop, recent, unreadable, named, bad_lines = StopSignals(), [], {}, set(), 0
     logged, saved, waited = time.monotonic(), time.monotonic(), 0.0
     bar = tqdm(total=steps, initial=step, unit="step", disable=RANK > 0, dynamic_ncols=True)
     while step < min(steps, args.max_steps):
@@ -477,10 +478,9 @@ def main(argv=None):
         total = 0.0
         for part in range(1, accum + 1):
             asked = time.monotonic()
-            video, mask, _, _, bad = next(batches)
+            video, mask, _, _, bad = next_batch(batches, args.timeout)
             waited += time.monotonic() - asked
             unreadable.update(pair for pairs in bad for pair in pairs)
-            black = any(len(pairs) == RETRIES for pairs in bad)
             video = normalise(video, device)
             with parallel.no_sync() if WORLD > 1 and part < accum else nullcontext():
                 with autocast(amp, device):
@@ -492,65 +492,61 @@ def main(argv=None):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
+        stats = {name: value for name, value in stats.items() if value.ndim == 0}
+        recent.append({"loss": total, "grad_norm": norm, **stats})
         epoch, step = step * per_step // len(clips), step + 1
         bar.update()
-        recent.append({"loss": total, "grad_norm": norm}
-                      | {name: value for name, value in stats.items() if value.ndim == 0})
 
-        # All ranks agree on what comes next; until here nothing has waited for the GPU.
+        # All ranks agree on what comes next. Until here nothing has waited for the GPU.
         late = time.monotonic() - logged > LOG_SECONDS or step % LOG_STEPS == 0
-        flags = torch.tensor([stop.seen, black, late])
+        flags = torch.tensor([stop.seen, late], dtype=torch.int)
         if WORLD > 1:
-            flags = flags.int()
             dist.all_reduce(flags, dist.ReduceOp.MAX, group=control)
-        stopped, hopeless, late = flags.bool().tolist()
-        new_epoch = step * per_step // len(clips)
-        probe = labelled and args.eval_every and new_epoch // args.eval_every > epoch // args.eval_every
-        keep = args.keep_every and new_epoch // args.keep_every > epoch // args.keep_every
-        last = step == min(steps, args.max_steps)
-        if not (late or stopped or hopeless or probe or keep or last):
+        stopped, late = flags.bool().tolist()
+        last, now = step == min(steps, args.max_steps), step * per_step // len(clips)
+        probe, keep = (every and now // every > epoch // every
+                       for every in (args.eval_every, args.keep_every))
+        if not (late or stopped or last or probe or keep):
             continue
 
-        # A log line: means over the steps since the last one, and over ranks.
-        names = list(recent[0])
-        rows = torch.stack([torch.stack([one[name].float() for name in names]) for one in recent])
+        # A log line: means over the steps since the last one, and over the ranks.
+        rows = torch.stack([torch.stack([x.float() for x in one.values()]) for one in recent])
         rows = rows / WORLD
         if WORLD > 1:
             dist.all_reduce(rows)
-        rows, now = rows.tolist(), time.monotonic()
+        for i, row in enumerate(rows.tolist(), start=step - len(rows) + 1):
+            if not all(map(math.isfinite, row[:1] if scaler.is_enabled() else row)):
+                raise RunError(f"the loss ({row[0]}) or its gradient ({row[1]}) is not finite at "
+                               f"step {i}; {out}/last.pt is the last good checkpoint. Start anew "
+                               f"from it: --init {out}, another --out, a lower --lr, --amp off")
+        seconds = time.monotonic() - logged
+        line = {"step": step, "epoch": step * per_step / len(clips), "lr": rate,
+                **dict(zip(recent[0], rows.mean(dim=0).tolist())),
+                "clips_per_second": len(rows) * per_step / seconds, "data_wait": waited / seconds}
         for path, reason in (pair for found in gather(unreadable) for pair in found.items()):
             if path not in named:
                 named.add(path)
                 log(f"unreadable video {path}: {reason}; another one takes its place")
-        line = {"step": step, "epoch": step * per_step / len(clips), "lr": rate}
-        line |= {name: sum(values) / len(rows) for name, values in zip(names, zip(*rows))}
-        line |= {"clips_per_second": len(rows) * per_step / (now - logged),
-                 "data_wait": waited / (now - logged), "unreadable_videos": len(named)}
-        for i, row in enumerate(rows, start=step - len(rows) + 1):
-            if not all(map(math.isfinite, row[:1] if scaler.is_enabled() else row)):
-                raise RunError(f"the loss ({row[0]}) or its gradient ({row[1]}) is not finite at "
-                               f"step {i}; {out}/last.pt is the last good checkpoint. Start a new "
-                               f"run from it: --init {out}, another --out, a lower --lr, --amp off")
         bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['clips_per_second']:.1f} clips/s, "
                             f"{line['data_wait']:.0%} waiting for data")
-        problem = step > warmup and collapse(line, tubes // WORLD)
-        bad_logs = bad_logs + 1 if problem else 0
-        if bad_logs == 10:  # in a row; said once
+        problem = collapse(line, tubes // WORLD) if step > warmup else None
+        bad_lines = bad_lines + 1 if problem else 0
+        if bad_lines == 10:  # in a row; said once
             log(problem)
-        if probe:
+        if probe and labelled:
             line |= (found := evaluate(model.encoder, sets, device, amp, args.workers))
             log(f"epoch {line['epoch']:g}: {in_words(found)}")
         if RANK == 0:
-            finite = {name: value if math.isfinite(value) else None for name, value in line.items()}
+            line = {name: x if math.isfinite(x) else None for name, x in line.items()}  # for JSON
             with open(out / "log.jsonl", "a") as file:
-                file.write(json.dumps(finite) + "\n")
-        hopeless = hopeless or len(named) > max(5, MAX_UNREADABLE * len(clips))
-        if stopped or hopeless or last or now - saved > SAVE_SECONDS:
+                file.write(json.dumps(line | {"unreadable_videos": len(named)}) + "\n")
+        too_many = len(named) > max(min(5, len(clips) - 1), MAX_UNREADABLE * len(clips))
+        if stopped or last or too_many or time.monotonic() - saved > SAVE_SECONDS:
             save()
-            saved = now
+            saved = time.monotonic()
         if keep:
-            save(f"epoch-{new_epoch:04}.pt")
-        if hopeless:
+            save(f"epoch-{now:04}.pt")
+        if too_many:
             raise RunError(f"{len(named)} of {len(clips):,} videos can't be read, more than "
                            f"{MAX_UNREADABLE:.0%}: mend or remove those named above")
         if stopped:
@@ -561,13 +557,13 @@ def main(argv=None):
     if step < steps:
         return log(f"stopped after step {step:,} of {steps:,}; the same command goes on")
 
-    results = {"protocol": PROTOCOL, "step": step, "checkpoint": f"{out}/last.pt", "data": str(root),
-               "args": vars(args)}
+    # Results.
+    results = dict(protocol=PROTOCOL, step=step, checkpoint=f"{out}/last.pt", args=vars(args))
     for name, encoder in (("untrained", untrained), ("trained", model.encoder)):
-        if labelled and encoder is not None:
+        if labelled and encoder:
             results[name] = evaluate(encoder, sets, device, amp, args.workers)
     if RANK == 0:
-        finished.write_text(json.dumps(results, indent=2, default=str) + "\n")
+        (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         show(results)
         source = f"--data {args.data}" + (f" --root {args.root}" if args.root else "")
         print(f"wrote {out}/last.pt, log.jsonl and results.json; next:\n"
@@ -581,8 +577,8 @@ def show(results):
     for name in ("untrained", "trained"):
         if name in results:
             log(f"{name:10}{in_words(results[name])}")
-    log(results["protocol"] if "trained" in results else "no probe: it takes labelled videos in "
-        "val or test of --data, or --val")
+    log(results["protocol"] if "trained" in results else "no probe: it takes labels, and labelled "
+        "videos in val or test of --data, or --val")
 
 
 def launch(main, argv=None):
@@ -597,9 +593,7 @@ def launch(main, argv=None):
     except RuntimeError as error:
         if not str(error).startswith("DataLoader "):
             raise
-        code, message = 1, (f"the loader stopped ({error}). If it timed out, is a disk stalled? "
-                            f"Open now: {', '.join(open_videos()) or 'unknown'}. If a worker was "
-                            "killed, memory was probably short: lower --workers")
+        code, message = 1, f"{error}, perhaps for want of memory: lower --workers"
     except KeyboardInterrupt:
         code, message = 130, "stopped"
     finally:
