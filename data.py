@@ -64,6 +64,10 @@ class Videos:
         return Videos([self.paths[i] for i in indices], [self.labels[i] for i in indices],
                       self.classes, self.skipped)
 
+    def spread(self, most):
+        """At most so many, evenly from the whole list."""
+        return self.take(range(0, len(self.paths), math.ceil(len(self.paths) / most) or 1))
+
 
 def find_videos(source, splits=("train", ""), classes=None, required=True):
     """The Videos of a list or folder (layouts: top of this file).
@@ -74,7 +78,7 @@ def find_videos(source, splits=("train", ""), classes=None, required=True):
     """
     source, found = Path(source), Videos()
     try:
-        if source.is_file():
+        if source.is_file() and "" in splits:
             read_list(source, found)
         for name in splits if source.is_dir() else ():
             if name and (source / f"{name}.csv").is_file():
@@ -117,7 +121,7 @@ def walk_folder(folder, found, classes=None):
                       for path in sorted(set(files) - set(in_classes or videos))]
     if in_classes:
         names = [path.relative_to(folder).parts[0] for path in in_classes]
-        found.classes = classes or sorted(set(names))
+        found.classes = sorted(set(names)) if classes is None else classes
         if unknown := sorted(set(names) - set(found.classes)):
             raise UserError(f"{folder} has class folders that the training videos don't have: "
                             f"{', '.join(unknown[:5])}")
@@ -398,6 +402,7 @@ def start_worker(worker):
 
 def kill_workers():
     """Ends loader workers that an error has left behind: they ignore Python's own signal."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take it for another error
     for worker in multiprocessing.active_children():
         worker.kill()
 

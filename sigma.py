@@ -407,10 +407,9 @@ class SIGMA(nn.Module):
         """The projection network: the true content of the hidden tubes as features, (B, M, E)."""
         if self.target in DINO:
             n = math.prod(video.shape[2:]) // math.prod(self.encoder.tube)
-            wanted = (len(video), n, self.prototypes.shape[1])
-            if features is None or features.shape != wanted:
-                raise ValueError(f"target {self.target} needs a Teacher's features, {wanted}, not "
-                                 f"{features if features is None else tuple(features.shape)}")
+            shape = (len(video), n, self.prototypes.shape[1])
+            if features is None or features.shape != shape:
+                raise ValueError(f"target {self.target} needs a Teacher's features of shape {shape}")
             features = standardise(at_least_fp32(features.detach()), dim=1)  # over a clip's tubes
             return features.take_along_dim(hidden[..., None], dim=1)  # B M E
         tubes = take_tubes(video, self.encoder.tube, hidden)  # B M 3 p q r
@@ -486,16 +485,12 @@ def read_checkpoint(path, holds="encoder.patch_embed.proj.weight"):
 
 
 def fill(model, weights, source):
-    """Loads weights into a model, all or none, and returns it. Raises UserError with what differs.
-    """
-    theirs, ours = ({n: tuple(w.shape) for n, w in some.items()}
-                    for some in (weights, model.state_dict()))
-    differ = [f"{n} (here {ours.get(n, 'absent')}, there {theirs.get(n, 'absent')})"
-              for n in sorted(ours.keys() | theirs.keys()) if ours.get(n) != theirs.get(n)]
-    if differ:
-        raise UserError(f"{len(differ)} of the weights in {source} don't fit this network: "
-                        f"{', '.join(differ[:20])}{', ...' if len(differ) > 20 else ''}")
-    model.load_state_dict(weights)
+    """Loads weights into a model and returns it. Raises UserError with what differs, if any."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # names that are missing, left over, or of another shape
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        raise UserError(f"the weights in {source} don't fit: {' '.join(lines)[:2000]}") from error
     return model
 
 
@@ -504,41 +499,41 @@ def count_parts(weights, prefix):
     return len({n[len(prefix) + 1:].split(".")[0] for n in weights if n.startswith(prefix + ".")})
 
 
-def sizes_of(weights, heads=None, decoder_heads=None):
+def sizes_of(weights):
     """Keyword arguments of SIGMA, or of Encoder alone, that fit the weights.
 
-    Their shapes tell all but the heads, which are given or the paper's for networks as wide.
+    Shapes tell all but the number of heads, which is that of the network in SIZES as wide.
     """
-    table = {size["dim"]: size["heads"] for size in SIZES.values()} | {
-        size["decoder_dim"]: size["decoder_heads"] for size in SIZES.values()}
     dim, _, *tube = weights["encoder.patch_embed.proj.weight"].shape
-    sizes = dict(dim=dim, depth=count_parts(weights, "encoder.blocks"), tube=tuple(tube),
-                 heads=heads or table.get(dim))
+    row = next((row for row in SIZES.values() if row["dim"] == dim), {})
+    sizes = dict(dim=dim, depth=count_parts(weights, "encoder.blocks"), heads=row.get("heads"),
+                 tube=tuple(tube))
     if "decoder.head.weight" in weights:
         out, width = weights["decoder.head.weight"].shape
         sizes |= dict(decoder_dim=width, decoder_depth=count_parts(weights, "decoder.blocks"),
-                      decoder_heads=decoder_heads or table.get(width), target="pixel")
+                      decoder_heads=row.get("decoder_heads"), target="pixel")
     if "prototypes" in weights:
-        layers = count_parts(weights, "projector")
-        widths = [len(weights[f"projector.{2 * i}.bias"]) for i in range(layers)]
-        target = "mlp" if layers else "dino-s" if out == DINO["dino-s"][0] else "dino"
-        sizes |= dict(target=target, target_dim=out, prototypes=len(weights["prototypes"]),
-                      projector_widths=widths[:-1])
-    if None in sizes.values():
-        raise UserError("weights don't tell the number of heads: give heads and decoder_heads")
+        widths = [len(weights[f"projector.{2 * i}.bias"])
+                  for i in range(count_parts(weights, "projector"))]
+        dino = "dino-s" if out == DINO["dino-s"][0] else "dino"
+        sizes |= dict(target="mlp" if widths else dino, target_dim=out,
+                      prototypes=len(weights["prototypes"]), projector_widths=widths[:-1])
     return sizes
 
 
-def load_model(path, heads=None, decoder_heads=None):
+def load_model(path, **changes):
     """The SIGMA of a pretraining checkpoint, ours, the authors' or VideoMAE's; of a fine-tuned one
-    a module with its `encoder` alone. All weights are loaded; sizes are read off the file.
+    a module with its `encoder` alone. model.encoder(video) gives tokens for clips of any size.
 
-    model.encoder(video) gives tokens for clips of any length and size. Raises UserError.
+    All weights are loaded; sizes are read off the file. changes: sizes that it can't tell, heads
+    and decoder_heads of networks as wide as none in SIZES. Raises UserError.
     """
     content = read_checkpoint(path)
     weights = content["model"]
-    sizes = content.get("sizes") or sizes_of(weights, heads, decoder_heads)
-    if "target" in sizes:
+    sizes = content.get("sizes", sizes_of(weights)) | changes
+    if not sizes.get("heads"):
+        raise UserError(f"{path} does not tell its heads: give heads= and decoder_heads=")
+    if "decoder.head.weight" in weights:
         model = SIGMA(**sizes)
     else:
         sizes = {name: sizes[name] for name in ("dim", "depth", "heads", "tube")}

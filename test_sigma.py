@@ -730,8 +730,11 @@ def test_classes_are_numbered_once_by_name_for_all_splits(tmp_path):
     classes = find_videos(tmp_path / "a").classes
     assert find_videos(tmp_path / "a", ("val", "test"), classes).labels == [2]
     assert find_videos(tmp_path / "b", ("val", ""), classes).labels == [1, 2]
-    with pytest.raises(UserError, match="swim"):
-        find_videos(tmp_path / "c", ("val", ""), classes)
+    for known in (classes, []):  # []: the training videos came from a list
+        with pytest.raises(UserError, match="swim"):
+            find_videos(tmp_path / "c", ("val", ""), known)
+    (tmp_path / "list.csv").write_text("a/val/wave/4.mp4 0\n")  # its own videos are not held out
+    assert not find_videos(tmp_path / "list.csv", ("val", "test"), required=False).paths
 
 
 def test_only_regular_files_are_videos(tmp_path):

@@ -28,8 +28,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (Clips, EndlessSampler, centre_crop, centre_frames, corner_crop, find_videos,
-                  kill_workers, loader, make_toy, normalise, open_videos)
+from data import (Clips, EndlessSampler, Videos, centre_crop, centre_frames, corner_crop,
+                  find_videos, kill_workers, loader, make_toy, normalise, open_videos)
 from sigma import (DINO, SIGMA, SIZES, TARGETS, Teacher, UserError, fill, read_checkpoint,
                    sizes_for, tube_mask)
 
@@ -313,7 +313,8 @@ def linear_probe(train, labels, test):
     mean, std = train.mean(dim=0), train.std(dim=0) + 1e-6
     train, test, targets = (train - mean) / std, (test - mean) / std, F.one_hot(labels).float()
     covariance = train.T @ train + 10 * torch.eye(train.shape[1])
-    return test @ torch.linalg.solve(covariance, train.T @ (targets - targets.mean(dim=0)))
+    weight = torch.linalg.solve(covariance, train.T @ (targets - targets.mean(dim=0)))
+    return test @ weight + targets.mean(dim=0)
 
 
 def nearest_neighbours(train, labels, test, k=20, temperature=0.07):
@@ -407,15 +408,19 @@ def main(argv=None):
     # Videos: to train on; for probe and k-NN some of them, and held-out ones to test on.
     if args.data == "toy":
         one_first(lambda: make_toy(root))
-    videos, splits = find_videos(root), ("val", "test") + (("",) if args.val else ())
-    held_out = find_videos(args.val or root, splits, videos.classes, required=bool(args.val))
+    videos = find_videos(root)
+    labelled = max(videos.labels) >= 0
+    held_out = Videos()
+    if labelled:
+        splits = ("val", "test", "") if args.val else ("val", "test")
+        held_out = find_videos(args.val or root, splits, videos.classes, required=bool(args.val))
+        labelled = max(held_out.labels, default=-1) >= 0
     shape = dict(frames=args.frames, stride=args.stride, size=args.size, tube=sizes["tube"],
                  ratio=args.ratio, seed=args.seed, cache={} if args.data == "toy" else None)
     clips = Clips(videos, **shape, repeat=args.repeat,
                   crop=centre_crop if args.data == "toy" else corner_crop)
-    sets = [Clips(some.take(range(0, len(some.paths), 1 + len(some.paths) // EVAL_CLIPS)), **shape,
-                  choose=centre_frames, crop=centre_crop, tries=1) for some in (videos, held_out)]
-    labelled = max(videos.labels) >= 0 and max(held_out.labels, default=-1) >= 0
+    sets = [Clips(some.spread(EVAL_CLIPS), **shape, choose=centre_frames, crop=centre_crop, tries=1)
+            for some in (videos, held_out)]
 
     # Batch and schedule, and the place in it.
     batch, accum = split_batch(args, WORLD, len(clips))
