@@ -165,13 +165,14 @@ def centre_frames(n, frames, stride, generator=None):
     return [min(start + stride * i, n - 1) for i in range(frames)]
 
 
-def decode(path, choose, indices=None):
+def decode(path, choose, indices=None, watch=None):
     """The frames that choose(number of frames) -> ascending indices asks for: (n, 3, H, W) uint8.
 
     Frame i is the last one shown by i / rate seconds after the first, which is the i-th if the rate
     is constant. Many files know only roughly how many frames they have: where one ends sooner, its
-    last frame is held. With indices, chosen before, it reads from the file's beginning. Raises
-    VideoError with the reason.
+    last frame is held. With indices, chosen before, it reads from the file's beginning.
+    watch(frame, position) is called with each decoded frame, motion vectors included, and its place
+    in frames from the first. Raises VideoError with the reason.
     """
     try:
         if Path(path).suffix.lower() in IMAGES:
@@ -180,6 +181,8 @@ def decode(path, choose, indices=None):
             return image.permute(2, 0, 1).expand(len(choose(1)), -1, -1, -1)
         with av.open(path, metadata_errors="replace") as container:  # closed whatever happens
             stream = video_stream(container)
+            if watch:
+                stream.codec_context.options = {"flags2": "+export_mvs"}
             packets = (packet for packet in container.demux(stream) if packet.size)
             first = next(packets, None)
             if first is None or first.pts is None:
@@ -203,14 +206,15 @@ def decode(path, choose, indices=None):
                 first = next(packets, None)
                 at_key = first and first.is_keyframe and first.pts is not None
                 if not at_key or first.pts > times[0]:  # some formats seek elsewhere
-                    return decode(path, choose, indices)
+                    return decode(path, choose, indices, watch)
             # A packet is never shown before its dts: stop reading behind the last wanted frame.
             wanted = [first]
             while packet := next(packets, None):
                 wanted.append(packet)
                 if packet.dts is not None and packet.dts > times[-1]:
                     break
-            return torch.stack(decode_packets(stream, wanted, times)).permute(0, 3, 1, 2)
+            see = watch and (lambda frame: watch(frame, float((frame.pts - origin) / step)))
+            return torch.stack(decode_packets(stream, wanted, times, see)).permute(0, 3, 1, 2)
     except (av.FFmpegError, OSError, ValueError, IndexError, ZeroDivisionError, TypeError,
             StopIteration) as error:
         reason = getattr(error, "strerror", None) or error or "it holds no frames"
@@ -227,8 +231,9 @@ def video_stream(container):
     raise VideoError("it has no video stream of a known codec")
 
 
-def decode_packets(stream, packets, times):
-    """For each of the ascending times the last frame shown by then, (H, W, 3) uint8."""
+def decode_packets(stream, packets, times, see=None):
+    """For each of the ascending times the last frame shown by then, (H, W, 3) uint8. see(frame) is
+    called with each decoded frame."""
     shown = sorted(packet.pts for packet in packets if packet.pts is not None)
     wanted = {shown[max(bisect_right(shown, time) - 1, 0)] for time in times} if shown else {}
     # A frame that is neither wanted nor referred to needs no decoding. This takes packets that all
@@ -246,6 +251,8 @@ def decode_packets(stream, packets, times):
     for frame in frames():
         if frame.pts is None:
             raise VideoError("it holds frames without time stamps")
+        if see:
+            see(frame)
         while last is not None and len(chosen) < len(times) and frame.pts > times[len(chosen)]:
             chosen.append(last)
         if len(chosen) == len(times):
@@ -323,11 +330,11 @@ class Clips(Dataset):
     def __len__(self):
         return len(self.videos.paths)
 
-    def frames_of(self, path, choose):
+    def frames_of(self, path, choose, watch=None):
         """The frames (T, 3, H, W) of each list of indices in choose(number of frames)."""
         if self.cache is not None:
             if path not in self.cache:
-                self.cache[path] = decode(path, range)
+                self.cache[path] = decode(path, range, watch=watch)
             frames = self.cache[path]
             return [frames[clip] for clip in choose(len(frames))]
         clips = []
@@ -336,7 +343,7 @@ class Clips(Dataset):
             clips.extend(choose(n))
             return sorted(set().union(*clips))
 
-        frames = decode(path, union)
+        frames = decode(path, union, watch=watch)
         place = {index: i for i, index in enumerate(sorted(set().union(*clips)))}
         return [frames[[place[index] for index in clip]] for clip in clips]
 
@@ -481,7 +488,7 @@ def toy_clips(labels, generator):
 def write_video(path, frames, rate=8):
     """Writes frames (T, H, W, 3) uint8 as H.264 in mp4; H and W even."""
     with av.open(str(path), "w") as container:
-        options = {"preset": "ultrafast", "crf": "10"}
+        options = {"preset": "ultrafast", "crf": "10", "x264-params": "partitions=all:subme=2"}
         stream = container.add_stream("libx264", rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         stream.codec_context.thread_count = 1

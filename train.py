@@ -56,7 +56,7 @@ RECIPES = {  # what a data set changes; ucf101 and hmdb51: the paper does not pr
     "k400": K400, "ucf101": K400, "hmdb51": K400,
     "ssv2": dict(stride=2, eps=0.03, clips=32, global_batch=16 * 32),
     "ssv2 small": dict(stride=2, epochs=2400, clips=16, global_batch=8 * 16),
-    "toy": dict(frames=8, stride=1, size=32, ratio=0.75, epochs=20, warmup=1, lr=6e-3, eps=0.03,
+    "toy": dict(frames=8, stride=1, size=32, ratio=0.75, epochs=16, warmup=1, lr=6e-3, eps=0.03,
                 clips=64, global_batch=64, workers=0),
 }
 
@@ -97,6 +97,8 @@ def parse(argv):
     add("--accum", type=count, help="batches per step (default: as many as make the recipe's "
         "global batch); Sinkhorn still balances each batch alone")
     add("--repeat", type=count, default=1, help="clips from each decoded video: loads faster")
+    add("--mask", choices=["tube", "motion"], default="tube", help="motion: visible places move "
+        "with the picture, see extras/motion.py")
     add("--lr", type=float, help="peak learning rate for 256 clips per step, scaled to yours")
     add("--eps", type=float, help="Sinkhorn's: smaller is sharper; 0.03 to 0.05 is usual")
     add("--frames", type=count, help="frames of a clip")
@@ -356,6 +358,21 @@ def collapse(line, tubes):
                 f"{line['log_k']:.2f}): lower --lr or --eps, or raise --batch-size")
 
 
+def motion_clips(videos):
+    """The class of clips with motion-guided masks, or Clips where no video has motion vectors."""
+    sys.path.append(str(Path(__file__).with_name("extras")))
+    try:
+        from motion import MotionClips, count_with_vectors
+    except ImportError as error:
+        raise UserError("--mask motion needs extras/motion.py") from error
+    found, tried = count_with_vectors(videos)
+    if not found:
+        log(f"note      none of {tried} videos tried holds motion vectors: tubes are masked")
+        return Clips
+    log(f"motion    {found} of {tried} videos tried hold motion vectors")
+    return MotionClips
+
+
 def check_same(saved, given, out):
     """Raises UserError if flags contradict those that the run in `out` was started with."""
     free = {"root", "val", "out", "teacher", "batch_size", "accum", "workers", "timeout", "compile",
@@ -417,8 +434,9 @@ def main(argv=None):
         labelled = max(held_out.labels, default=-1) >= 0
     shape = dict(frames=args.frames, stride=args.stride, size=args.size, tube=sizes["tube"],
                  ratio=args.ratio, seed=args.seed, cache={} if args.data == "toy" else None)
-    clips = Clips(videos, **shape, repeat=args.repeat,
-                  crop=centre_crop if args.data == "toy" else corner_crop)
+    kind = Clips if args.mask == "tube" else motion_clips(videos)
+    clips = kind(videos, **shape, repeat=args.repeat,
+                 crop=centre_crop if args.data == "toy" else corner_crop)
     sets = [Clips(some.spread(EVAL_CLIPS), **shape, choose=centre_frames, crop=centre_crop, tries=1)
             for some in (videos, held_out)]
 
