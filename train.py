@@ -124,6 +124,8 @@ def parse(argv):
         parser.error("--root only applies to named data sets, not to a folder or list")
     if args.teacher and args.target not in DINO:
         parser.error("--teacher only applies to --target dino or dino-s")
+    if args.mask == "motion" and not Path(__file__).with_name("extras").exists():
+        parser.error("--mask motion needs extras/motion.py")
     if args.batch_size and args.batch_size % args.repeat:
         parser.error("--batch-size must be divisible by --repeat")
     if args.eps < 0.005 or not 0 <= args.lr < math.inf or args.workers < 0:
@@ -358,21 +360,6 @@ def collapse(line, tubes):
                 f"{line['log_k']:.2f}): lower --lr or --eps, or raise --batch-size")
 
 
-def motion_clips(videos):
-    """The class of clips with motion-guided masks, or Clips where no video has motion vectors."""
-    sys.path.append(str(Path(__file__).with_name("extras")))
-    try:
-        from motion import MotionClips, count_with_vectors
-    except ImportError as error:
-        raise UserError("--mask motion needs extras/motion.py") from error
-    found, tried = count_with_vectors(videos)
-    if not found:
-        log(f"note      none of {tried} videos tried holds motion vectors: tubes are masked")
-        return Clips
-    log(f"motion    {found} of {tried} videos tried hold motion vectors")
-    return MotionClips
-
-
 def check_same(saved, given, out):
     """Raises UserError if flags contradict those that the run in `out` was started with."""
     free = {"root", "val", "out", "teacher", "batch_size", "accum", "workers", "timeout", "compile",
@@ -384,14 +371,13 @@ def check_same(saved, given, out):
                         f"{', '.join(differ)}: leave them out, or choose another --out")
 
 
-def prepare_folder(out, skipped, step):
-    """Makes the run's folder; drops log lines of steps that are going to be done again."""
+def prepare_folder(out, skipped, log_size):
+    """Makes the run's folder; cuts off the log's lines of steps that are going to be done again."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "skipped.txt").write_text("".join(f"{line}\n" for line in skipped))
-        lines = (out / "log.jsonl").read_text().splitlines() if step else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        (out / "log.jsonl").write_text("".join(f"{line}\n" for line in kept))
+        with open(out / "log.jsonl", "a") as file:
+            file.truncate(min(log_size, file.tell()))
     except OSError as error:
         raise UserError(f"--out {out} can't be used: {error}") from error
 
@@ -434,7 +420,11 @@ def main(argv=None):
         labelled = max(held_out.labels, default=-1) >= 0
     shape = dict(frames=args.frames, stride=args.stride, size=args.size, tube=sizes["tube"],
                  ratio=args.ratio, seed=args.seed, cache={} if args.data == "toy" else None)
-    kind = Clips if args.mask == "tube" else motion_clips(videos)
+    kind = Clips
+    if args.mask == "motion":
+        sys.path.append(str(Path(__file__).with_name("extras")))
+        from motion import clips_for
+        kind = clips_for(videos, log)
     clips = kind(videos, **shape, repeat=args.repeat,
                  crop=centre_crop if args.data == "toy" else corner_crop)
     sets = [Clips(some.spread(EVAL_CLIPS), **shape, choose=centre_frames, crop=centre_crop, tries=1)
@@ -480,10 +470,10 @@ def main(argv=None):
             save_atomically(out / name, dict(
                 model=model.state_dict(), optimizer=optimizer.state_dict(), sizes=sizes,
                 scaler=scaler.state_dict(), clips_seen=step * per_step, per_step=per_step,
-                videos=len(clips), args=vars(args)))
+                videos=len(clips), log_size=(out / "log.jsonl").stat().st_size, args=vars(args)))
 
     if RANK == 0:
-        prepare_folder(out, videos.skipped, step)
+        prepare_folder(out, videos.skipped, before["log_size"] if before else 0)
     if not before:
         save()  # a disk that can't be written to shows now
     parallel = DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model

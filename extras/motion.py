@@ -8,7 +8,7 @@ places are followed along the motion from one random time slice to the others, t
 (Huang et al., ICCV 2023); motion is read from the vectors that H.264, MPEG-4 and MPEG-2 files hold
 already, as in MGM (Fan et al., ICCV 2023, arXiv 2308.12962): no optical flow network.
 
-Approximate: a vector tells the place that its block was predicted from, not the time. Vectors to the
+Approximate: a vector tells where its block was predicted from, not when that was shown. Vectors to the
 past are taken to span the time to the nearest I- or P-frame before, which holds without B-frames or
 with one reference, as in files of extras/videos.py prepare, not always in others. Frames that the
 decoder may skip, intra blocks, and codecs without vectors (VP9, AV1, HEVC) are missing; a tube with
@@ -178,6 +178,16 @@ def count_with_vectors(videos, most=16):
             continue
         found += bool(watch.fields)
     return found, len(tried)
+
+
+def clips_for(videos, log):
+    """MotionClips, or Clips where no video that is tried has motion vectors; says which."""
+    found, tried = count_with_vectors(videos)
+    if not found:
+        log(f"masks     of tubes: none of {tried} videos tried holds motion vectors")
+        return Clips
+    log(f"masks     follow motion: {found} of {tried} videos tried hold motion vectors")
+    return MotionClips
 
 
 def draw(path, clips, number=4):
