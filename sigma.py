@@ -409,7 +409,7 @@ class SIGMA(nn.Module):
             n = math.prod(video.shape[2:]) // math.prod(self.encoder.tube)
             shape = (len(video), n, self.prototypes.shape[1])
             if features is None or features.shape != shape:
-                raise ValueError(f"target {self.target} needs a Teacher's features of shape {shape}")
+                raise ValueError(f"target {self.target} needs a Teacher's features, shape {shape}")
             features = standardise(at_least_fp32(features.detach()), dim=1)  # over a clip's tubes
             return features.take_along_dim(hidden[..., None], dim=1)  # B M E
         tubes = take_tubes(video, self.encoder.tube, hidden)  # B M 3 p q r

@@ -111,7 +111,7 @@ def parse(argv):
     add("--seed", type=int, default=0, help="of weights, order, crops and masks")
     add("--eval-every", type=int, default=0, help="epochs between probes (default: at the end)")
     add("--keep-every", type=int, default=0, help="epochs between checkpoints that are kept")
-    add("--max-steps", type=count, default=math.inf, help="stop and save after this step")
+    add("--max-steps", type=count, help="stop and save after this step")
     known, _ = parser.parse_known_args(argv)
     model = known.model or ("tiny" if known.data == "toy" else "base")
     name = f"{Path(known.data).resolve().stem}-{model}-{known.target}"
@@ -249,18 +249,23 @@ class StopSignals:
             signal.signal(name, handler)
 
 
-def next_batch(batches, seconds):
-    """The loader's next batch. Raises RunError after so many seconds without one."""
+def within(seconds, batches):
+    """Yields a loader's batches. Raises RunError after so many seconds without one."""
     def give_up(number, frame):
         raise RunError(f"the loader gave no batch in {seconds} s, is a disk stalled? Its workers "
                        f"have open: {', '.join(open_videos()) or 'no video, or not known'}")
 
     signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(seconds)
-    try:
-        return next(batches)
-    finally:
-        signal.alarm(0)
+    batches = iter(batches)
+    while True:
+        signal.alarm(seconds)
+        try:
+            batch = next(batches, None)
+        finally:
+            signal.alarm(0)
+        if batch is None:
+            return
+        yield batch
 
 
 def save_atomically(path, content):
@@ -289,9 +294,11 @@ def collect(forward, clips, device, amp=None, workers=0):
     """
     batch = max(1, 64 // clips.repeat) if device.type == "cuda" or clips.size < 64 else 1
     keys = [(0, i) for i in range(RANK, len(clips), WORLD)]
+    batches = within(300, loader(clips, batch, keys, workers, device))
     found = []
-    for video, _, label, index, bad in tqdm(loader(clips, batch, keys, workers, device),
-                                            desc="evaluating", leave=False, disable=RANK > 0):
+    bar = tqdm(batches, desc="evaluating", total=math.ceil(len(keys) / batch), unit="batch",
+               leave=False, disable=RANK > 0)
+    for video, _, label, index, bad in bar:
         with autocast(amp, device):
             output = forward(normalise(video, device)).float().unflatten(0, (len(label), -1))
         found.append((index, label, output.mean(dim=1).cpu(), dict(sum(bad, []))))
@@ -480,18 +487,20 @@ def main(argv=None):
     control = dist.new_group(backend="gloo") if WORLD > 1 else None  # two numbers per step
     sampler = EndlessSampler(len(clips), batch // args.repeat, RANK, WORLD, args.seed,
                              step * per_step // args.repeat)
-    batches = iter(loader(clips, sampler.batch, sampler, args.workers, device))
+    batches = loader(clips, sampler.batch, sampler, args.workers, device)
+    batches = within(args.timeout, batches)
     stop, recent, unreadable, named, bad_lines = StopSignals(), [], {}, set(), 0
     logged, saved, waited = time.monotonic(), time.monotonic(), 0.0
     bar = tqdm(total=steps, initial=step, unit="step", disable=RANK > 0, dynamic_ncols=True)
-    while step < min(steps, args.max_steps):
+    last = min(steps, args.max_steps or steps)
+    while step < last:
         rate = learning_rate(step, steps, warmup, peak, final)
         for parameters in optimizer.param_groups:
             parameters["lr"] = rate
         total = 0.0
         for part in range(1, accum + 1):
             asked = time.monotonic()
-            video, mask, _, _, bad = next_batch(batches, args.timeout)
+            video, mask, _, _, bad = next(batches)
             waited += time.monotonic() - asked
             unreadable.update(pair for pairs in bad for pair in pairs)
             video = normalise(video, device)
@@ -516,10 +525,10 @@ def main(argv=None):
         if WORLD > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX, group=control)
         stopped, late = flags.bool().tolist()
-        last, now = step == min(steps, args.max_steps), step * per_step // len(clips)
+        now = step * per_step // len(clips)
         probe, keep = (every and now // every > epoch // every
                        for every in (args.eval_every, args.keep_every))
-        if not (late or stopped or last or probe or keep):
+        if not (late or stopped or step == last or probe or keep):
             continue
 
         # A log line: means over the steps since the last one, and over the ranks.
@@ -554,7 +563,7 @@ def main(argv=None):
             with open(out / "log.jsonl", "a") as file:
                 file.write(json.dumps(line | {"unreadable_videos": len(named)}) + "\n")
         too_many = len(named) > max(min(5, len(clips) - 1), MAX_UNREADABLE * len(clips))
-        if stopped or last or too_many or time.monotonic() - saved > SAVE_SECONDS:
+        if stopped or step == last or too_many or time.monotonic() - saved > SAVE_SECONDS:
             save()
             saved = time.monotonic()
         if keep:

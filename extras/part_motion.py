@@ -104,5 +104,5 @@ def test_training_with_motion_masks_resumes_exactly(work, capsys):
 
 def test_a_set_without_vectors_goes_on_with_tube_masks(tmp_path):
     write_pan(tmp_path / "v.mp4", options={"preset": "veryfast", "g": "1"})  # intra frames alone
-    said = []
-    assert motion.clips_for(data.find_videos(tmp_path), said.append) is data.Clips and len(said) == 1
+    said, videos = [], data.find_videos(tmp_path)
+    assert motion.clips_for(videos, said.append) is data.Clips and len(said) == 1
