@@ -56,7 +56,7 @@ RECIPES = {  # what a data set changes; ucf101 and hmdb51: the paper does not pr
     "k400": K400, "ucf101": K400, "hmdb51": K400,
     "ssv2": dict(stride=2, eps=0.03, clips=32, global_batch=16 * 32),
     "ssv2 small": dict(stride=2, epochs=2400, clips=16, global_batch=8 * 16),
-    "toy": dict(frames=8, stride=1, size=32, ratio=0.75, epochs=16, warmup=1, lr=6e-3, eps=0.03,
+    "toy": dict(frames=8, stride=1, size=32, ratio=0.75, epochs=16, warmup=1, lr=8e-3, eps=0.03,
                 clips=64, global_batch=64, workers=0),
 }
 
@@ -371,7 +371,7 @@ def check_same(saved, given, out):
     """Raises UserError if flags contradict those that the run in `out` was started with."""
     free = {"root", "val", "out", "teacher", "batch_size", "accum", "workers", "timeout", "compile",
             "eval_every", "keep_every", "max_steps"}
-    differ = [f"--{name.replace('_', '-')} {given[name]} (the run has {value})"
+    differ = [f"--{name.replace('_', '-')} {given.get(name)} (the run has {value})"
               for name, value in saved.items() if name not in free and given.get(name) != value]
     if differ:
         raise UserError(f"the run in {out} goes on with its own settings, but you give "

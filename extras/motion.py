@@ -9,8 +9,8 @@ places are followed along the motion from one random time slice to the others, t
 already, as in MGM (Fan et al., ICCV 2023, arXiv 2308.12962): no optical flow network.
 
 Approximate: a vector tells where its block was predicted from, not when that was shown. Vectors to
-the past are taken to span the time to the nearest I- or P-frame before, which holds without B-frames
-or with one reference, as in files of extras/videos.py prepare, not always in others. Frames that the
+the past are taken to span the time to the nearest I- or P-frame before: right without B-frames or
+with one reference, as in files of extras/videos.py prepare, not always in others. Frames that the
 decoder may skip, intra blocks, and codecs without vectors (VP9, AV1, HEVC) are missing; a tube with
 none counts as still. The median over a tube's area and the frames between two slices helps.
 """
