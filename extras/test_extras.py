@@ -538,7 +538,7 @@ def test_files_that_do_not_fit_stop_and_run_no_code(tmp_path, capsys):
             return os.mkdir, (str(tmp_path / "harm"),)
 
     for content, word in ((first_token, "mean pooling"), (lacking, "mlp.fc2.bias"),
-                          ({"model": theirs, "args": Harmful()}, "mkdir"), ({}, "no SIGMA")):
+                          ({"model": theirs, "args": Harmful()}, "mkdir"), ({}, "SIGMA")):
         torch.save(content, tmp_path / "theirs.pt")
         assert run(weights, "import", tmp_path / "theirs.pt", tmp_path / "never.pt",
                    "--heads", 2) == 2
@@ -548,13 +548,23 @@ def test_files_that_do_not_fit_stop_and_run_no_code(tmp_path, capsys):
 
 # --- pictures.py ----------------------------------------------------------------------------------
 
-def test_prototypes_are_grouped_by_direction():
+def test_like_vectors_have_like_colours():
     torch.manual_seed(0)
-    centres = F.normalize(torch.randn(4, 16), dim=1)
-    vectors = F.normalize(centres.repeat(25, 1) + 0.05 * torch.randn(100, 16), dim=1)
-    group = pictures.group_prototypes(vectors, torch.arange(0, 100, 3), number=4)
-    assert all(len(set(group[k::4].tolist())) == 1 for k in range(4))
-    assert len(set(group.tolist())) == 4
+    centres = torch.randn(4, 16)
+    colours = pictures.colour(centres.repeat(25, 1) + 0.01 * torch.randn(100, 16)).view(25, 4, 3)
+    within, between = colours.std(dim=0).max(), colours.mean(dim=0)
+    distances = torch.cdist(between, between) + 1000 * torch.eye(4)
+    assert distances.min() > 5 * within
+
+
+def test_the_framed_tube_is_at_its_place():
+    video = torch.zeros(1, 3, 8, 32, 32, dtype=torch.uint8)
+    image = pictures.frame_tubes(video, torch.tensor([16 + 6]), (4, 8, 8))[0, 0]  # row 1, column 2
+    scale = image.shape[1] // 32
+    rows, columns = (image == 255).nonzero().unbind(dim=1)
+    assert (rows.min() - 8 * scale).abs() <= 2 and (rows.max() - 16 * scale).abs() <= 2
+    assert (columns.min() - 16 * scale).abs() <= 2 and (columns.max() - 24 * scale).abs() <= 2
+    assert not image[9 * scale:15 * scale, 17 * scale:23 * scale].any()
 
 
 def test_pictures_and_a_film_that_plays_are_written(work):

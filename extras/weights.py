@@ -1,17 +1,12 @@
-"""Other people's checkpoints into ours, and ours into theirs: the same weights, bit for bit.
+"""Other people's checkpoints into ours, and ours into theirs; the weights stay the same to the bit.
 
     python extras/weights.py import FILE_OR_FOLDER videomae.pt
-    python extras/weights.py export out/k400-base-mlp --to authors sigma.pth
-    python extras/weights.py export out/k400-base-pixel --to hf FOLDER
+    python extras/weights.py export out/k400-base-pixel --to hf FOLDER     or: --to authors FILE.pth
 
-import takes Hugging Face's VideoMAEModel, VideoMAEForPreTraining and VideoMAEForVideoClassification
-(a folder, or a .bin, .pt or .safetensors file) and the files of the authors' and VideoMAE's code,
-also fine-tuned ones. The file it writes fits sigma.load_model and the --init of train.py,
-extras/finetune.py and extras/features.py; pretraining files of the authors fit without it.
-
-export takes a run or any file that import takes. --to authors: the names of their code. --to hf:
-pytorch_model.bin with config.json beside it, a VideoMAEForPreTraining if the target is pixels, a
-VideoMAEForVideoClassification if there is a classifier, else the encoder as a VideoMAEModel.
+import takes Hugging Face's VideoMAEModel, VideoMAEForPreTraining, VideoMAEForVideoClassification (a
+folder; .bin, .pt; .safetensors with that package), and files of the authors' and VideoMAE's code,
+fine-tuned ones too. It writes what sigma.load_model and any --init take. export takes these and
+runs; hf is a file and its config.json, of the encoder alone if the target is not pixels or classes.
 """
 import argparse
 import json
@@ -27,222 +22,145 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # the core, wherever 
 from sigma import SIGMA, Encoder, UserError, fill, sizes_of
 from train import RECIPE, launch, save_atomically
 
-STARTS = {  # how names begin, ours and Hugging Face's
-    "encoder.patch_embed.proj.": "videomae.embeddings.patch_embeddings.projection.",
-    "encoder.blocks.": "videomae.encoder.layer.", "encoder.norm.": "videomae.layernorm.",
-    "decoder.blocks.": "decoder.decoder_layers.", "head.": "classifier."}
-PARTS = {  # what follows in a block; replaced in this order, in both directions
-    ".norm1.": ".layernorm_before.", ".norm2.": ".layernorm_after.",
-    ".attn.proj.": ".attention.output.dense.", ".attn.": ".attention.attention.",
-    ".mlp.fc1.": ".intermediate.dense.", ".mlp.fc2.": ".output.dense."}
+NAMES = [  # ours and Hugging Face's, in this order: how names begin, then parts within blocks
+    ("encoder.patch_embed.proj.", "videomae.embeddings.patch_embeddings.projection."),
+    ("encoder.blocks.", "videomae.encoder.layer."), ("encoder.norm.", "videomae.layernorm."),
+    ("decoder.blocks.", "decoder.decoder_layers."), ("head.", "classifier."),
+    (".norm1.", ".layernorm_before."), (".norm2.", ".layernorm_after."),
+    (".attn.proj.", ".attention.output.dense."), (".attn.", ".attention.attention."),
+    (".mlp.fc1.", ".intermediate.dense."), (".mlp.fc2.", ".output.dense.")]
+QKV = ("query", "key", "value")  # three weights of theirs, in the order of our one
 
 
-# --- Import ---------------------------------------------------------------------------------------
-
-def read(path):
-    """The weights of a file, or of a folder (a run's or Hugging Face's), by name, and a dictionary
-    of what else it says. Runs no code from it. Raises UserError."""
-    path = Path(path)
-    if path.is_dir():
-        names = ("last.pt", "pytorch_model.bin", "model.safetensors")
-        path = next((path / name for name in names if (path / name).is_file()), path / names[0])
-    if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            content = load_file(path)
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # flags in older files
-                content = torch.load(path, map_location="cpu", weights_only=True)
-        keys = [key for key in ("model", "module", "state_dict") if key in content]
-        content = content if keys else {"model": content}
-        weights = content.pop(keys[0] if keys else "model")
-        weights = {name.removeprefix("module."): w.detach() for name, w in weights.items()}  # DDP's
-        config = path.with_name("config.json")
-        if any("layernorm_before" in name for name in weights) and config.is_file():
-            content["config"] = dict(json.loads(config.read_text()))
-    except ImportError as error:
-        raise UserError(f"to read {path}, pip install safetensors") from error
-    except Exception as error:  # whatever a damaged or foreign file brings about
-        asks = re.search(r"GLOBAL \S+", str(error))  # for code
-        reason = asks[0] if asks else str(error).partition("\n")[0][:200]
-        raise UserError(f"{path} can't be read as a checkpoint ({reason})") from error
-    return weights, content
-
-
-def renamed(name, starts, parts):
-    """A name with its beginning, and then its parts, replaced as the two lists of pairs say."""
-    for old, new in starts:
-        if name.startswith(old):
-            name = new + name.removeprefix(old)
-    for old, new in parts:
-        name = name.replace(old, new)
-    return name
+def renamed(weights, pairs):
+    """The weights with old parts of their names made new: anywhere if they begin with a dot."""
+    for old, new in pairs:
+        weights = {name.replace(old, new) if old[0] == "." or name.startswith(old) else name: w
+                   for name, w in weights.items()}
+    return weights
 
 
 def our_names(weights):
-    """The weights in the names of sigma.py, from those of Hugging Face's or the authors' code."""
-    if any("layernorm_before" in name for name in weights):  # Hugging Face's
-        prefix = "" if any(name.startswith("videomae.") for name in weights) else "videomae."
-        starts, parts = ([(theirs, ours) for ours, theirs in table.items()]
-                         for table in (STARTS, PARTS))
-        parts += [(".query.bias", ".q_bias"), (".value.bias", ".v_bias")]  # in memory, from 5.0 on
-        weights = {renamed(prefix + name, starts, parts): w for name, w in weights.items()}
-        for query in [name for name in weights if name.endswith(".attn.query.weight")]:
-            names = [query.replace("query", part) for part in ("query", "key", "value")]
-            shapes = {weights[name].shape if name in weights else None for name in names}
-            if len(shapes) == 1:
-                qkv = torch.cat([weights.pop(name) for name in names])
-                weights[query.replace("query", "qkv")] = qkv
-    elif any(name.startswith("blocks.") for name in weights):  # the authors', fine-tuned
-        weights = {name if name.startswith(("fc_norm.", "head.")) else f"encoder.{name}": w
-                   for name, w in weights.items()}
+    """Weights in the names of Hugging Face's code, the authors' or ours -> in ours."""
+    pairs = [("module.", ""), ("videomae.", "")]  # DDP's; all but VideoMAEModel's
+    pairs += [(part, f"encoder.{part}") for part in ("patch_embed.", "blocks.", "norm.")]
+    pairs += [(theirs.removeprefix("videomae."), ours) for ours, theirs in NAMES]
+    pairs += [(".query.bias", ".q_bias"), (".value.bias", ".v_bias")]  # newer, in memory
+    weights = renamed(weights, pairs)
+    for name in [name for name in weights if name.endswith(".query.weight")]:
+        qkv = torch.cat([weights.pop(name.replace("query", part)) for part in QKV])
+        weights[name.replace("query", "qkv")] = qkv
     return {re.sub(r"^head\.(?=\d)", "projector.", name): w for name, w in weights.items()}
 
 
 def convert(path, heads=None, decoder_heads=None):
-    """A checkpoint of any layout -> {"model": weights in our names, "sizes": those of the network},
-    and "args" with frames, size and stride of its clips if it tells the frames.
+    """A checkpoint of any layout -> {"model": weights in our names, "sizes": their network's,
+    "args": frames, size and stride of its clips if it tells them}.
 
-    heads, decoder_heads: by default what config.json says, or as in the paper's network of that
-    width. Raises UserError, with what differs, unless all weights have their place.
+    heads, decoder_heads: by default config.json's, or the paper's for networks as wide. Runs no
+    code of the file. Raises UserError, with what differs, unless each weight has its place.
     """
-    weights, about = read(path)
-    weights, config = our_names(weights), about.get("config", {})
-    embedding = weights.get("encoder.patch_embed.proj.weight")
-    if embedding is None or embedding.ndim != 5:
-        raise UserError(f"{path} is no SIGMA or VideoMAE: among its {len(weights)} weights none "
-                        "embeds space-time tubes")
-    if "head.weight" in weights and "fc_norm.weight" not in weights:
-        raise UserError(f"{path} classifies by the first token: only classifiers with mean pooling "
-                        "are supported, which have an fc_norm")
+    names = ("last.pt", "pytorch_model.bin", "model.safetensors")  # in a folder
+    path = next((Path(path, name) for name in names if Path(path, name).is_file()), Path(path))
+    config = path.with_name("config.json")
     try:
-        sizes = dict(about.get("sizes") or sizes_of(weights))
-    except (KeyError, UnboundLocalError) as error:
-        raise UserError(f"{path} has prototypes, but lacks decoder.head.* or a projector's weight "
-                        f"({error})") from error
-    if "fc_norm.weight" in weights:
-        sizes["classes"] = len(weights.get("head.weight", ()))
-    given = {"heads": heads or config.get("num_attention_heads"),
-             "decoder_heads": decoder_heads or config.get("decoder_num_attention_heads")}
-    sizes |= {name: number for name, number in given.items() if number and name in sizes}
-    for name, width in (("heads", "dim"), ("decoder_heads", "decoder_dim")):
-        if name in sizes and (not sizes[name] or sizes[width] % sizes[name]):
-            raise UserError(f"{path} doesn't tell how many attention heads share its width of "
-                            f"{sizes[width]}: give --{name.replace('_', '-')}, a divisor of it")
-    if config.get("hidden_act", "gelu") != "gelu":
-        raise UserError(f"{path} has {config['hidden_act']} as activation, our networks have gelu")
-    fill(network(sizes, weights), {name: w.to("meta") for name, w in weights.items()}, path)
-    content, flags = {"model": weights, "sizes": sizes}, about.get("args", {})
-    flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
-    told = {"sampling_rate": RECIPE["stride"], "image_size": flags.get("input_size"), **flags,
-            **config}
-    if told.get("num_frames"):
-        content["args"] = {"frames": told["num_frames"], "size": told["image_size"],
-                           "stride": told["sampling_rate"]}
-    return content
-
-
-def network(sizes, weights):
-    """The network that weights are for, without memory of its own."""
-    with torch.device("meta"):
-        if "decoder.head.weight" in weights:
-            model = SIGMA(**sizes)
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            about = load_file(path)
         else:
-            parts = {name: sizes[name] for name in ("dim", "depth", "heads", "tube")}
-            model = nn.ModuleDict({"encoder": Encoder(**parts)})
-        if "fc_norm.weight" in weights:
-            model["fc_norm"] = nn.LayerNorm(sizes["dim"])
-            model["head"] = nn.Linear(sizes["dim"], sizes["classes"])
+            with torch.serialization.safe_globals([argparse.Namespace]):  # flags in older files
+                about = torch.load(path, map_location="cpu", weights_only=True)
+        theirs = about.get("model", about.get("module", about))
+        weights = our_names(theirs)
+        if any("layernorm_before" in name for name in theirs) and config.is_file():
+            about = json.loads(config.read_text())
+        sizes = dict(about.get("sizes") or sizes_of(weights))
+    except KeyError as error:
+        raise UserError(f"{path} is no complete SIGMA or VideoMAE: it lacks {error}") from error
+    except Exception as error:  # whatever a damaged or foreign file brings about
+        reason = re.findall(r"^.*|GLOBAL \S+", str(error))[-1][:200]  # GLOBAL: code it asks for
+        raise UserError(f"{path} can't be read as a checkpoint ({reason})") from error
+    if "head.weight" in weights and "fc_norm.weight" not in weights:
+        raise UserError(f"{path} is a classifier without mean pooling (no fc_norm): not supported")
+    for part, given in (("", heads), ("decoder_", decoder_heads)):
+        if width := sizes.get(f"{part}dim"):
+            number = given or about.get(f"{part}num_attention_heads") or sizes[f"{part}heads"]
+            if not number or width % number:
+                raise UserError(f"{path} doesn't tell how many {part}heads share {width} columns:"
+                                " give --heads, --decoder-heads")
+            sizes[f"{part}heads"] = number
+    sizes.pop("classes", None)
+    with torch.device("meta"):  # the network without its memory: does each weight fit?
+        net = SIGMA(**sizes) if "target" in sizes else nn.ModuleDict({"encoder": Encoder(**sizes)})
         if "encoder.norm.weight" not in weights:
-            model.encoder.norm = nn.Identity()
-    return model
-
-
-# --- Export ---------------------------------------------------------------------------------------
-
-def to_authors(weights):
-    """Weights in our names -> in those of the authors' code, the "model" of their files."""
-    if "fc_norm.weight" in weights:
-        return {name.removeprefix("encoder."): w for name, w in weights.items()}
-    return {name.replace("projector.", "head."): w for name, w in weights.items()}
+            net.encoder.norm = nn.Identity()
+        if "fc_norm.weight" in weights:
+            sizes["classes"] = len(weights.get("head.weight", ()))
+            net.fc_norm = nn.LayerNorm(sizes["dim"])
+            net.head = nn.Linear(sizes["dim"], sizes["classes"])
+    fill(net, {name: w.to("meta") for name, w in weights.items()}, path)
+    args = about["args"] if isinstance(about.get("args"), dict) else {}  # not a Namespace
+    if {"num_frames", "image_size"} <= about.keys():  # config.json tells all but the stride
+        args = dict(frames=about["num_frames"], size=about["image_size"], stride=RECIPE["stride"])
+    return {"model": weights, "sizes": sizes} | ({"args": args} if args else {})
 
 
 def to_hugging_face(weights, sizes, frames, size):
-    """Weights in our names -> (Hugging Face's weights, their config, names that have no place).
-
-    frames, size: of the clips. Raises UserError unless patches are square.
-    """
-    if sizes["tube"][1] != sizes["tube"][2]:
-        raise UserError(f"Hugging Face's models have square patches, not tubes of {sizes['tube']}")
-    kind = "Model"
-    if "classes" in sizes:
-        kind = "ForVideoClassification"
-    elif sizes.get("target") == "pixel":
-        kind = "ForPreTraining"
-    config = dict(
-        model_type="videomae", architectures=[f"VideoMAE{kind}"], image_size=size,
-        num_frames=frames, patch_size=sizes["tube"][1], tubelet_size=sizes["tube"][0],
-        num_channels=3, hidden_act="gelu", hidden_size=sizes["dim"],
-        num_hidden_layers=sizes["depth"], num_attention_heads=sizes["heads"],
-        intermediate_size=4 * sizes["dim"], qkv_bias=True, layer_norm_eps=1e-6,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        use_mean_pooling="encoder.norm.weight" not in weights)
-    if kind == "ForPreTraining":
-        config |= dict(norm_pix_loss=True, decoder_hidden_size=sizes["decoder_dim"],
-                       decoder_num_hidden_layers=sizes["decoder_depth"],
-                       decoder_num_attention_heads=sizes["decoder_heads"],
-                       decoder_intermediate_size=4 * sizes["decoder_dim"])
-    if kind == "ForVideoClassification":
-        labels = [f"LABEL_{i}" for i in range(sizes["classes"])]
-        config |= dict(id2label=dict(enumerate(labels)),
-                       label2id={label: i for i, label in enumerate(labels)})
+    """Weights in our names, their sizes, frames and size of the clips -> Hugging Face's weights,
+    config, and the parts that have no place there."""
+    kind = "ForVideoClassification" if "classes" in sizes else "Model"
+    kind = "ForPreTraining" if sizes.get("target") == "pixel" else kind
     kept = {n: w for n, w in weights.items() if kind != "Model" or n.startswith("encoder.")}
-    found = {}
-    for name, w in kept.items():
-        theirs = renamed(name, STARTS.items(), PARTS.items())
-        if kind == "Model":
-            theirs = theirs.removeprefix("videomae.")
-        if name.endswith(".attn.qkv.weight"):
-            for part, rows in zip(("query", "key", "value"), w.chunk(3)):
-                found[theirs.replace("qkv", part)] = rows.clone()
-        else:
-            found[theirs] = w
+    found = renamed(kept, NAMES + [("videomae.", "")] if kind == "Model" else NAMES)
+    for name in [name for name in found if name.endswith(".qkv.weight")]:
+        for part, rows in zip(QKV, found.pop(name).chunk(3)):
+            found[name.replace("qkv", part)] = rows.clone()
+    config = dict(model_type="videomae", architectures=[f"VideoMAE{kind}"], num_frames=frames,
+                  image_size=size, tubelet_size=sizes["tube"][0], patch_size=sizes["tube"][1],
+                  hidden_act="gelu", layer_norm_eps=1e-6, num_labels=sizes.get("classes", 2),
+                  qkv_bias=True, use_mean_pooling="encoder.norm.weight" not in weights)
+    for part in ("", "decoder_") if kind == "ForPreTraining" else ("",):
+        width = sizes[f"{part}dim"]
+        config |= {f"{part}hidden_size": width, f"{part}intermediate_size": 4 * width,
+                   f"{part}num_hidden_layers": sizes[f"{part}depth"],
+                   f"{part}num_attention_heads": sizes[f"{part}heads"]}
     return found, config, sorted({name.split(".")[0] for name in weights.keys() - kept.keys()})
+
+
+def to_authors(weights):
+    """Weights in our names -> in the names of the authors' code."""
+    pair = ("encoder.", "") if "fc_norm.weight" in weights else ("projector.", "head.")
+    return renamed(weights, [pair])
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    tasks = parser.add_subparsers(dest="task", required=True)
-    for task in ("import", "export"):
-        add = tasks.add_parser(task, help="see above").add_argument
-        add("source", help="a checkpoint, a run's folder, or Hugging Face's")
-        add("target", help="new file; for --to hf also a new folder")
-        add("--heads", type=int, help="of the encoder (default: the paper's for its width)")
-        add("--decoder-heads", type=int, help="of the decoder (likewise)")
-        if task == "export":
-            add("--to", choices=["hf", "authors"], required=True, help="whose names")
+    parser.add_argument("command", choices=["import", "export"])
+    parser.add_argument("source", help="a checkpoint, or the folder of a run or of Hugging Face's")
+    parser.add_argument("out", type=Path, help="the file to write; for hf a folder will do")
+    parser.add_argument("--to", choices=["hf", "authors"], help="for export: whose names")
+    parser.add_argument("--heads", type=int, help="of attention, where the file can't tell")
+    parser.add_argument("--decoder-heads", type=int, help="the same for the decoder")
     args = parser.parse_args(argv)
-    target, config, left = Path(args.target), None, []
-    content = convert(args.source, args.heads, args.decoder_heads)
-    if args.task == "export" and args.to == "authors":
-        content = {"model": to_authors(content["model"])}
-    elif args.task == "export":
-        clips = content.get("args", {})
-        target = target if target.suffix else target / "pytorch_model.bin"
-        content, config, left = to_hugging_face(content["model"], content["sizes"],
-                                                clips.get("frames", 16), clips.get("size", 224))
-    for path in (target, target.with_name("config.json")) if config else (target,):
-        if path.exists():
-            raise UserError(f"{path} is there already: choose another name")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    save_atomically(target, content)
+    if (args.command == "export") != bool(args.to):
+        parser.error("export takes --to hf or --to authors, import does not")
+    content, out, config = convert(args.source, args.heads, args.decoder_heads), args.out, None
+    weights, sizes, clip = content["model"], content["sizes"], RECIPE | content.get("args", {})
+    if args.to == "authors":
+        content = {"model": to_authors(weights)}
+    elif args.to == "hf":
+        out = out if out.suffix else out / "pytorch_model.bin"
+        content, config, left = to_hugging_face(weights, sizes, clip["frames"], clip["size"])
+    beside = out.with_name("config.json")
+    if out.exists() or config and beside.exists():
+        raise UserError(f"{out} or {beside} is there already: choose another place")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_atomically(out, content)
     if config:
-        target.with_name("config.json").write_text(json.dumps(config, indent=2) + "\n")
-    print(f"wrote {target}" + (" and config.json beside it" if config else "")
-          + (f"; no place there for {', '.join(left)}" if left else ""))
+        beside.write_text(json.dumps(config, indent=2) + "\n")
+        print(f"left out, as it has no place there: {', '.join(left) or 'nothing'}")
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":
