@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the core is
 from data import Clips, VideoError, centre_crop, centre_frames, decode, find_videos, normalise
 from data import resize_crop
 from sigma import UserError, load_model, read_checkpoint
-from train import (RANK, WORLD, accuracy, autocast, collect, launch, locate, log,
+from train import (RANK, WORLD, accuracy, autocast, collect, gather, launch, locate, log,
                    nearest_neighbours, pick_amp, save_atomically, set_up)
 
 SPLITS = {"train": ("train", ""), "val": ("val", "test")}
@@ -48,12 +48,14 @@ def parse(argv):
         add(f"--{name}", type=int, help="of a clip (default: as it was trained, else 16, 4, 224)")
     add("--amp", choices=["bf16", "fp16", "off"], help="autocast (default: on GPUs)")
     add("--workers", type=int, default=0, help="loader processes")
-    add("--out", help="folder (default: out/<data>-features)")
+    add("--out", help="folder (default: out/<data>-<split>-features)")
     known, _ = parser.parse_known_args(argv)
     trained = read_checkpoint(known.init).get("args", {})
+    trained = trained if isinstance(trained, dict) else {}  # of other code
     shape = {name: trained.get(name, value)
              for name, value in (("frames", 16), ("stride", 4), ("size", 224))}
-    parser.set_defaults(out=f"out/{Path(known.data).resolve().stem}-features", **shape)
+    name = f"{Path(known.data).resolve().stem}-{known.split}"
+    parser.set_defaults(out=f"out/{name}-features", **shape)
     args = parser.parse_args(argv)
     if args.knn and (args.tokens or args.window):
         parser.error("--knn takes pooled features of videos: leave out --tokens and --window")
@@ -75,27 +77,30 @@ def pooling(path, encoder):
 @torch.no_grad()
 def write_windows(videos, forward, args, out, amp, device):
     """A file of window features for each video; ranks share the videos."""
-    def windows(n):
-        starts.extend(range(0, max(n - args.window * args.stride, 0) + 1, args.step))
-        return list(range(n))
-
+    unreadable = {}
     for index in tqdm(range(RANK, len(videos.paths), WORLD), unit="video", disable=RANK > 0):
-        path, starts = videos.paths[index], []
+        path, starts, found = videos.paths[index], [0], []
+
+        def window(n):  # decoded one by one: videos may be long
+            last = max(n - args.window * args.stride, 0)
+            starts.extend(range(starts[-1] + args.step, last + 1, args.step) if not found else ())
+            return [min(start + i * args.stride, n - 1) for i in range(args.window)]
+
         try:
-            frames = decode(path, windows)
+            for start in starts:  # the first window adds the others
+                frames = decode(path, window)
+                clip = resize_crop(frames, centre_crop(*frames.shape[-2:]), args.size)[None]
+                with autocast(amp, device):
+                    found.append(forward(normalise(clip, device)).float().cpu())
         except VideoError as error:
-            print(f"unreadable video {path}: {error}")
+            unreadable[path] = str(error)
             continue
-        found = []
-        for start in starts:
-            chosen = [min(start + i * args.stride, len(frames) - 1) for i in range(args.window)]
-            clip = frames[chosen]
-            clip = resize_crop(clip, centre_crop(*clip.shape[-2:]), args.size)[None]
-            with autocast(amp, device):
-                found.append(forward(normalise(clip, device)).float().cpu())
         name = f"{index:06}-{Path(path).stem}.pt"
         save_atomically(out / name, dict(features=torch.cat(found), starts=torch.tensor(starts),
                                          path=path, window=args.window, stride=args.stride))
+    for part in gather(unreadable):
+        for path, reason in part.items():
+            log(f"unreadable video {path}: {reason}")
 
 
 def main(argv=None):
@@ -125,6 +130,8 @@ def main(argv=None):
         if RANK == 0:
             (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         return log(f"k-NN {results['knn']:.1%} of {len(truth):,} videos; wrote {out}/results.json")
+    if (out / "features.pt").exists():
+        raise UserError(f"{out}/features.pt is there already: choose another --out")
     videos = find_videos(root, SPLITS[args.split])
     if args.window:
         write_windows(videos, forward, args, out, amp, device)

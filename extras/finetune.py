@@ -34,7 +34,8 @@ from torchvision.transforms.v2 import functional as transform
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the core is
-from data import Clips, EndlessSampler, find_videos, loader, make_toy, normalise, seeded
+from data import (Clips, EndlessSampler, centre_crop, find_videos, loader, make_toy, normalise,
+                  seeded)
 from sigma import SIZES, Encoder, UserError, fill, read_checkpoint, sizes_for, sizes_of, tube_mask
 from train import (RANK, RECIPES, WORLD, RunError, StopSignals, accuracy, autocast, check_same,
                    collect, gather, launch, learning_rate, locate, log, one_first, pick_amp,
@@ -45,7 +46,8 @@ TUNE = dict(epochs=100, lr=1e-3, warmup=5, clips=16, global_batch=None, sampling
             views="5x3", flip="on", augment="on", freeze=dict(epochs=30))
 TOY = dict(epochs=10, lr=4e-3, warmup=1, clips=64, global_batch=64, sampling="dense", views="1x1",
            flip="off", augment="off", freeze=dict(epochs=5))
-OWN = {"k400": dict(global_batch=8 * 4 * 8), "toy": TOY, "tiny": TOY,
+K400 = dict(global_batch=8 * 4 * 8)
+OWN = {"k400": K400, "ucf101": K400, "hmdb51": K400, "toy": TOY, "tiny": TOY,
        "ssv2": dict(epochs=40, global_batch=8 * 4, sampling="segments", views="2x3", flip="off",
                     freeze=dict(epochs=30, global_batch=8 * 24 * 2))}
 LAYER_DECAY, DROP_PATH, SMOOTHING = 0.75, 0.1, 0.1
@@ -201,6 +203,9 @@ def parse(argv):
     add("--out", help="folder of the run (default: out/<data>-finetune, or -probe)")
     known, _ = parser.parse_known_args(argv)
     model = known.model or ("tiny" if known.data == "toy" else "base")
+    if known.init:
+        width = read_checkpoint(known.init)["model"]["encoder.patch_embed.proj.weight"].shape[0]
+        model = {row["dim"]: name for name, row in SIZES.items()}.get(width, "other")
     own = recipe(known.data, model) | TUNE | OWN.get("tiny" if model == "tiny" else known.data, {})
     own |= own.pop("freeze") if known.freeze else {}
     own.pop("freeze", None)
@@ -213,6 +218,10 @@ def parse(argv):
         parser.error("counts must be at least 1, and --lr at least 0")
     if args.batch_size and args.batch_size % args.repeat:
         parser.error("--batch-size must be divisible by --repeat")
+    if args.model != model:
+        parser.error(f"--init holds a {model} encoder: leave out --model")
+    if Path(args.data).is_file() and not args.val:
+        parser.error("a list as --data takes videos to test on: --val LIST or FOLDER")
     if args.flip == "on" and args.data == "ssv2":
         parser.error("--flip on can't be used with ssv2: left and right are labels there")
     if args.root and args.data not in RECIPES:
@@ -321,6 +330,8 @@ def main(argv=None):
                  ratio=args.ratio, seed=args.seed)
     choose = dense_frames if args.sampling == "dense" else segment_frames
     augment = augmentation(args.size, args.flip == "on") if mixing else None
+    if args.data == "toy":  # small enough to be kept, and not cropped
+        shape |= dict(cache={}, crop=centre_crop)
     clips = TrainingClips(videos, augment, choose=choose, repeat=args.repeat, **shape)
     times, crops = map(int, args.views.split("x"))
     views = Views(tests, times=times, crops=crops, sampling=args.sampling, **shape)
@@ -340,6 +351,13 @@ def main(argv=None):
     log(f"data      {len(videos.paths):,} training and {len(tests.paths):,} test videos, {classes} "
         f"classes; {WORLD} processes x {batch} clips x {accum} accumulated, {steps:,} steps")
     log(f"protocol  {protocol}")
+
+    finished = out / "results.json"
+    if step >= steps and finished.exists():
+        results = json.loads(finished.read_text())
+        if (results["views"], results["args"]["val"]) == (args.views, args.val):
+            return log(f"{out} is complete: top-1 {results['top1']:.1%}, top-5 "
+                       f"{results['top5']:.1%} on {args.views} views; other --views test again")
 
     def save():
         if RANK == 0:
@@ -423,7 +441,9 @@ def main(argv=None):
                    protocol=protocol, data=str(args.val or root), checkpoint=f"{out}/last.pt",
                    init=args.init, step=step, args=vars(args))
     if RANK == 0:
-        (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        finished.write_text(json.dumps(results, indent=2) + "\n")
+        with open(out / "log.jsonl", "a") as file:  # keeps what other views gave
+            file.write(json.dumps({"step": step, **results}) + "\n")
     log(f"top-1 {results['top1']:.1%}, top-5 {results['top5']:.1%} of {len(labels):,} videos, "
         f"{results['unreadable']} of them unreadable\n{protocol}\nwrote {out}/results.json")
 

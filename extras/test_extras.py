@@ -74,8 +74,8 @@ def test_features_come_in_list_order_for_readable_videos(work, tmp_path, capsys)
     encoder = load_model("run").encoder
     for tokens in ([], ["--tokens"]):
         assert run(features, "--init", "run", "--data", tmp_path / "list.csv", "--out",
-                   tmp_path / "out", *tokens) == 0
-        written = torch.load(tmp_path / "out" / "features.pt", weights_only=True)
+                   tmp_path / f"out{len(tokens)}", *tokens) == 0
+        written = torch.load(tmp_path / f"out{len(tokens)}" / "features.pt", weights_only=True)
         assert written["paths"] == [paths[i] for i in order if i != 4]
         assert written["labels"].tolist() == [5, 2, 8, 0, 1, 7]
         for path, found in zip(written["paths"], written["features"]):
