@@ -575,8 +575,8 @@ def test_pictures_and_a_film_that_plays_are_written(work):
     film = decode("pictures/clusters.mp4", range)
     assert len(film) >= 8 and not torch.equal(film[0], film[4])
     assert run(train, "--target", "pixel", "--max-steps", 1, "--out", "pixel") == 0
-    assert run(pictures, "pixel", "--out", "two") == 0
-    assert {path.name for path in Path("two").iterdir()} == {"masks.png", "components.png"}
+    assert run(pictures, "pixel", "--out", "pixel-shown") == 0
+    assert {path.name for path in Path("pixel-shown").iterdir()} == {"masks.png", "components.png"}
     assert run(pictures, "nowhere") == 2
 
 
