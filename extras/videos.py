@@ -1,7 +1,7 @@
 """What people do with videos before training: lists, a check, re-encoding.
 
     python extras/videos.py lists k400 DIR        the set's own tables -> DIR/train.csv, DIR/val.csv
-    python extras/videos.py check DIR             decodes a clip of each video; out/check: good, bad
+    python extras/videos.py check DIR             decodes a clip of each video: out/check-DIR/*.csv
     python extras/videos.py prepare DIR DIR-256   re-encodes, so that training reads it fastest
 
 `lists` knows the tables as downloaded, in DIR or a folder in it, and videos anywhere below:
@@ -14,15 +14,16 @@ Videos that a table names and DIR lacks (in Kinetics some always are) are named 
 
 `prepare` writes H.264 with short side 256, a key frame every 32 frames, B-frames that no other
 frame needs, no sound. Names and folders stay, except that all end in .mp4, which lists find
-nevertheless. Stopped at any moment it goes on where it was.
+nevertheless; a.avi beside a.mp4 keeps its name. Lists come along, with their absolute paths changed
+to the new videos. Stopped at any moment it goes on where it was.
 """
 import argparse
 import csv
 import errno
 import json
 import os
-import shutil
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -88,18 +89,29 @@ def hmdb51(root, split, number):
 SETS = {"k400": kinetics, "ssv2": something, "ucf101": ucf101, "hmdb51": hmdb51}
 
 
-def lists(args):
-    """Writes train.csv and val.csv with lines `path label`, and missing.txt."""
-    root, out = Path(args.folder), Path(args.out or args.folder)
+def new_folder(out):
+    """Makes the folder for lists, unless it has some."""
     for name in ("train.csv", "val.csv"):
         if (out / name).exists():
             raise UserError(f"{out / name} is there already: give another folder with --out")
-    files = {}
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def write(path, content):
+    """Writes bytes under another name, then renames the file: it is complete or not there."""
+    draft = path.with_name(f".{path.name}.unfinished")
+    draft.write_bytes(content)
+    draft.replace(path)
+
+
+def lists(args):
+    """Writes train.csv and val.csv with lines `path label`, and missing.txt."""
+    root, out = Path(args.folder), Path(args.out or args.folder)
+    new_folder(out)
+    files, texts, missing = {}, {}, []
     for path in files_below(root) if root.is_dir() else ():
         if path.suffix.lower() in SUFFIXES:
             files[path.stem] = files[f"{path.parent.name}/{path.stem}"] = path
-    missing = []
-    out.mkdir(parents=True, exist_ok=True)
     for split in ("train", "val"):
         try:
             listed = SETS[args.set](root, split, args.split)
@@ -112,9 +124,10 @@ def lists(args):
         if not kept:
             raise UserError(f"{root} has no {split} videos that tables of {args.set} name "
                             f"({len(listed)} are named): see --help for the layout")
-        (out / f"{split}.csv").write_text("".join(kept))
-        print(f"{out / split}.csv: {len(kept):,} of {len(listed):,} videos that the tables name")
-    (out / "missing.txt").write_text("".join(missing))
+        texts[f"{split}.csv"] = kept
+        print(f"{split}: {len(kept):,} of {len(listed):,} videos that the tables name")
+    for name, lines in (texts | {"missing.txt": missing}).items():  # all of them, or none
+        write(out / name, "".join(lines).encode())
     print(f"train with --data {args.set} --root {out}")
 
 
@@ -130,12 +143,13 @@ def problem(path):
 
 def check(args):
     """Writes lists of the good videos of each split, which --data takes, and bad.txt."""
-    source, out, bad = Path(args.folder), Path(args.out or "out/check"), []
-    out.mkdir(parents=True, exist_ok=True)
-    classes = None
+    source, classes, bad = Path(args.folder), None, []
+    out = Path(args.out or f"out/check-{source.resolve().stem}")
+    new_folder(out)
     for split, places in (("train", ("train", "")), ("val", ("val", "test"))):
         found = find_videos(source, places, classes, required=split == "train")
-        classes = found.classes or None
+        if max(found.labels, default=-1) >= 0:
+            classes = found.classes  # none from a list: class folders can't be numbered like it
         good = []
         checked = in_parallel(problem, found.paths, args.workers, f"checking {split}")
         for (path, reason), label in zip(checked, found.labels):
@@ -145,9 +159,9 @@ def check(args):
                 good.append(os.path.abspath(path) + (f" {label}\n" if label >= 0 else "\n"))
         bad += [f"{line}\n" for line in found.skipped]
         if good:
-            (out / f"{split}.csv").write_text("".join(good))
+            write(out / f"{split}.csv", "".join(good).encode())
             print(f"{out / split}.csv: {len(good):,} good videos of {len(found.paths):,}")
-    (out / "bad.txt").write_text("".join(bad))
+    write(out / "bad.txt", "".join(bad).encode())
     print(f"{len(bad):,} bad or skipped: {out / 'bad.txt'}; train with --data {out}")
 
 
@@ -186,19 +200,20 @@ def re_encode(pair):
 
 def prepare(args):
     """Re-encodes the videos of a folder that the target does not have yet; copies lists."""
-    source, target = Path(args.folder), Path(args.target)
-    if not source.is_dir() or target.resolve().is_relative_to(source.resolve()):
+    source, target = (Path(folder).resolve() for folder in (args.folder, args.target))
+    if not source.is_dir() or target.is_relative_to(source) or source.is_relative_to(target):
         raise UserError(f"{source} must be a folder of videos, and {target} another one outside it")
-    pairs = {}
-    for path in files_below(source):
+    files, pairs = [path for path in files_below(source) if path.is_file()], {}
+    twins = Counter(path.with_suffix("") for path in files if path.suffix.lower() in SUFFIXES)
+    for path in files:
         goal = target / path.relative_to(source)
-        if path.suffix.lower() in SUFFIXES and path.is_file():
-            plain = goal.with_suffix(".mp4")
-            both = goal.with_name(path.name + ".mp4")  # a.avi beside a.mp4
-            pairs[both if plain in pairs else plain] = path
+        if path.suffix.lower() in SUFFIXES:
+            alone = twins[path.with_suffix("")] == 1  # else a list would find the wrong one
+            pairs[goal.with_suffix(".mp4") if alone else goal] = path
         elif path.suffix.lower() in (".csv", ".json", ".txt"):
             goal.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, goal)
+            old, new = (os.fsencode(folder) + b"/" for folder in (source, target))
+            write(goal, path.read_bytes().replace(old, new))  # absolute paths lead to the new ones
     left = [(path, goal) for goal, path in pairs.items() if not goal.exists()]
     print(f"{len(pairs):,} videos in {source}, {len(pairs) - len(left):,} in {target} already")
     bad = []
@@ -206,7 +221,7 @@ def prepare(args):
         if reason == os.strerror(errno.ENOSPC):
             raise RunError(f"no room is left for {target}: make some, the same command goes on")
         bad += [f"{path}: {reason}\n"] if reason else []
-    (target / "bad.txt").write_text("".join(bad))
+    write(target / "bad.txt", "".join(bad).encode())
     print(f"{len(left) - len(bad):,} prepared, {len(bad):,} unreadable ({target / 'bad.txt'})")
 
 
@@ -229,7 +244,10 @@ def main(argv=None):
         else:
             task.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     args = parser.parse_args(argv)
-    args.work(args)
+    try:
+        args.work(args)
+    except OSError as error:  # such as a full disk
+        raise RunError(f"a file can't be written or read: {error}") from error
 
 
 if __name__ == "__main__":

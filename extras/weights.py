@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
-
 from sigma import SIGMA, Encoder, UserError, fill, sizes_of
 from train import RECIPE, launch, save_atomically
 
@@ -45,21 +44,19 @@ def our_names(weights):
     pairs = [("module.", ""), ("videomae.", "")]  # DDP's; all but VideoMAEModel's
     pairs += [(part, f"encoder.{part}") for part in ("patch_embed.", "blocks.", "norm.")]
     pairs += [(theirs.removeprefix("videomae."), ours) for ours, theirs in NAMES]
-    pairs += [(".query.bias", ".q_bias"), (".value.bias", ".v_bias")]  # newer, in memory
-    weights = renamed(weights, pairs)
+    newer = [(".query.bias", ".q_bias"), (".value.bias", ".v_bias")]  # in memory, transformers 5
+    weights = renamed(weights, pairs + newer)
     for name in [name for name in weights if name.endswith(".query.weight")]:
         qkv = torch.cat([weights.pop(name.replace("query", part)) for part in QKV])
         weights[name.replace("query", "qkv")] = qkv
-    return {re.sub(r"^head\.(?=\d)", "projector.", name): w for name, w in weights.items()}
+    return {re.sub(r"^head\.(?=\d)", "projector.", n): w.detach() for n, w in weights.items()}
 
 
 def convert(path, heads=None, decoder_heads=None):
     """A checkpoint of any layout -> {"model": weights in our names, "sizes": their network's,
-    "args": frames, size and stride of its clips if it tells them}.
-
-    heads, decoder_heads: by default config.json's, or the paper's for networks as wide. Runs no
-    code of the file. Raises UserError, with what differs, unless each weight has its place.
-    """
+    "args": frames, size and stride of its clips if it tells them}. heads, decoder_heads: by default
+    config.json's, or the paper's for networks as wide. Runs no code of the file. Raises UserError,
+    with what differs, unless each weight has its place."""
     names = ("last.pt", "pytorch_model.bin", "model.safetensors")  # in a folder
     path = next((Path(path, name) for name in names if Path(path, name).is_file()), Path(path))
     config = path.with_name("config.json")
@@ -74,22 +71,23 @@ def convert(path, heads=None, decoder_heads=None):
         weights = our_names(theirs)
         if any("layernorm_before" in name for name in theirs) and config.is_file():
             about = json.loads(config.read_text())
-        sizes = dict(about.get("sizes") or sizes_of(weights))
+        if "mask_token" in weights:
+            weights["decoder.head.weight"]  # KeyError, as sizes_of takes it for an encoder
+        sizes = about.get("sizes") or sizes_of(weights)
     except KeyError as error:
         raise UserError(f"{path} is no complete SIGMA or VideoMAE: it lacks {error}") from error
     except Exception as error:  # whatever a damaged or foreign file brings about
         reason = re.findall(r"^.*|GLOBAL \S+", str(error))[-1][:200]  # GLOBAL: code it asks for
         raise UserError(f"{path} can't be read as a checkpoint ({reason})") from error
+    sizes = {name: value for name, value in sizes.items() if name != "classes"}
     if "head.weight" in weights and "fc_norm.weight" not in weights:
         raise UserError(f"{path} is a classifier without mean pooling (no fc_norm): not supported")
     for part, given in (("", heads), ("decoder_", decoder_heads)):
         if width := sizes.get(f"{part}dim"):
             number = given or about.get(f"{part}num_attention_heads") or sizes[f"{part}heads"]
             if not number or width % number:
-                raise UserError(f"{path} doesn't tell how many {part}heads share {width} columns:"
-                                " give --heads, --decoder-heads")
+                raise UserError(f"{path} needs --{part.replace('_', '-')}heads that divide {width}")
             sizes[f"{part}heads"] = number
-    sizes.pop("classes", None)
     with torch.device("meta"):  # the network without its memory: does each weight fit?
         net = SIGMA(**sizes) if "target" in sizes else nn.ModuleDict({"encoder": Encoder(**sizes)})
         if "encoder.norm.weight" not in weights:
