@@ -438,7 +438,7 @@ def in_parallel(work, items, workers, title, unit=" videos"):
 def normalise(video, device):
     """Video (B, 3, T, H, W) uint8 -> float32 on the device, normalised with ImageNet's mean and
     standard deviation."""
-    video = video.to(device, non_blocking=True).float()
+    video = video.to(device, non_blocking=True).to(torch.float32, copy=True)
     for channel, mean, std in zip(video.unbind(1), IMAGENET_MEAN, IMAGENET_STD):
         channel.sub_(255 * mean).div_(255 * std)  # numbers: a tensor made here would wait for a GPU
     return video

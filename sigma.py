@@ -308,7 +308,7 @@ def sinkhorn(scores, eps=0.05, iters=10, group=None):
             # All prototypes get the same total over all ranks. The next u undoes any factor of v,
             # so v need not make it 1 / K, but is scaled to a largest value of 1.
             vs = totals.amin(dim=1, keepdim=True) / totals
-            us = [1 / (kernel @ v) for kernel, v in zip(kernels, vs)]  # each tube's row sums to 1
+            us = [(kernel @ v).reciprocal_() for kernel, v in zip(kernels, vs)]  # rows sum to 1
         soft = [kernel.mul_(v).mul_(u[:, None]) for kernel, u, v in zip(kernels, us, vs)]
     return soft[0] if isinstance(scores, torch.Tensor) else soft
 

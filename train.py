@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -49,8 +49,8 @@ class RunError(UserError):
 
 # --- Recipes and flags ----------------------------------------------------------------------------
 
-RECIPE = dict(frames=16, stride=4, size=224, ratio=0.9, epochs=800, warmup=40, lr=1.5e-4, eps=0.05,
-              clips=40, global_batch=None, workers=min(8, os.cpu_count()))
+RECIPE = dict(frames=16, stride=4, size=224, ratio=0.9, epochs=800, warmup=40, lr=1.5e-4,
+              final_lr=1e-5, eps=0.05, clips=40, global_batch=None, workers=min(8, os.cpu_count()))
 K400 = dict(global_batch=16 * 40)  # GPUs x clips on each, as published
 RECIPES = {  # what a data set changes; ucf101 and hmdb51: the paper does not pretrain on them
     "k400": K400, "ucf101": K400, "hmdb51": K400,
@@ -72,64 +72,86 @@ def locate(data, root=None):
     return root or (f"data/{data}" if data in RECIPES else data)
 
 
+def count(text):
+    """A flag's whole number above 0."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+FLAGS = {  # the scripts in extras/ take theirs from here
+    "data": dict(default="toy", help="k400, ssv2, ucf101, hmdb51, toy, a folder or a list"),
+    "root": dict(help="folder of a named set (default: data/<name>)"),
+    "val": dict(help="labelled videos to test on (default: val or test of --data)"),
+    "model": dict(choices=SIZES, help="default: tiny for toy, else base"),
+    "target": dict(choices=TARGETS, default="mlp", help="mlp: SIGMA-MLP (default); dino, dino-s: "
+                   "SIGMA-DINO with ViT-B or ViT-S; pixel: VideoMAE"),
+    "teacher": dict(metavar="FILE", help="DINO's weights (default: downloaded once)"),
+    "init": dict(metavar="FILE", help="checkpoint, or folder of a run, whose weights are taken"),
+    "out": dict(help="folder to write to (default: below out/, named after --data)"),
+    "epochs": dict(type=count, help="passes over the data; the schedule stretches with them"),
+    "batch-size": dict(type=count, help="clips at a time in a process: what its memory holds"),
+    "accum": dict(type=count, help="batches per step (default: as many as make the recipe's global "
+                  "batch); Sinkhorn still balances each batch alone"),
+    "repeat": dict(type=count, default=1, help="clips from each decoded video: loads faster"),
+    "mask": dict(choices=["tube", "motion"], default="tube", help="motion: visible places move "
+                 "with the picture, see extras/motion.py"),
+    "lr": dict(type=float, help="peak learning rate for 256 clips per step, scaled to yours"),
+    "eps": dict(type=float, help="Sinkhorn's: smaller is sharper; 0.03 to 0.05 is usual"),
+    "frames": dict(type=count, help="frames of a clip"),
+    "stride": dict(type=count, help="video frames from one frame of a clip to the next"),
+    "size": dict(type=count, help="height and width of a clip, pixels"),
+    "amp": dict(choices=["bf16", "fp16", "off"], help="autocast (default: bf16 or fp16 on GPUs)"),
+    "compile": dict(action="store_true", help="compile the blocks: starts slowly, runs faster"),
+    "workers": dict(type=int, help="loader processes of each training process"),
+    "timeout": dict(type=count, default=300, help="seconds to wait for the loader"),
+    "seed": dict(type=int, default=0, help="of new weights, order, crops and masks"),
+    "eval-every": dict(type=int, default=0, help="epochs between probes (default: at the end)"),
+    "keep-every": dict(type=int, default=0, help="epochs between checkpoints that are kept"),
+    "max-steps": dict(type=count, help="stop and save after this step"),
+}
+
+
+def parser_with(description, *names):
+    """A parser of command lines with those of FLAGS."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in names:
+        parser.add_argument(f"--{name}", **FLAGS[name])
+    return parser
+
+
+def check(parser, args, tube):
+    """Ends with a usage error if flags can't be used together."""
+    sides = (args.frames, args.size, args.size)
+    if any(side % step for side, step in zip(sides, tube)):
+        parser.error(f"--frames and --size must be multiples of the model's tubes, {tube}")
+    if args.root and args.data not in RECIPES:
+        parser.error("--root only applies to named data sets, not to a folder or list")
+    if args.batch_size and args.batch_size % args.repeat:
+        parser.error("--batch-size must be divisible by --repeat")
+    if not 0 <= args.lr < math.inf or args.workers < 0:
+        parser.error("--lr and --workers must be at least 0")
+
+
 def parse(argv):
     """The flags, with the recipe of --data and --model as defaults."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-
-    def count(text):
-        if int(text) < 1:
-            raise ValueError
-        return int(text)
-
-    add("--data", default="toy", help="k400, ssv2, ucf101, hmdb51, toy, a folder or a list")
-    add("--root", help="folder of a named set (default: data/<name>)")
-    add("--val", help="labelled videos for probe and k-NN (default: val or test of --data)")
-    add("--model", choices=SIZES, help="default: tiny for toy, else base")
-    add("--target", choices=TARGETS, default="mlp", help="mlp: SIGMA-MLP (default); dino, dino-s: "
-        "SIGMA-DINO with ViT-B or ViT-S; pixel: VideoMAE")
-    add("--teacher", metavar="FILE", help="DINO's weights (default: downloaded once)")
-    add("--init", metavar="FILE", help="start from the weights of a checkpoint or run")
-    add("--out", help="folder of the run (default: out/<data>-<model>-<target>)")
-    add("--epochs", type=count, help="passes over the data; the schedule stretches with them")
-    add("--batch-size", type=count, help="clips at a time in a process: what its memory holds")
-    add("--accum", type=count, help="batches per step (default: as many as make the recipe's "
-        "global batch); Sinkhorn still balances each batch alone")
-    add("--repeat", type=count, default=1, help="clips from each decoded video: loads faster")
-    add("--mask", choices=["tube", "motion"], default="tube", help="motion: visible places move "
-        "with the picture, see extras/motion.py")
-    add("--lr", type=float, help="peak learning rate for 256 clips per step, scaled to yours")
-    add("--eps", type=float, help="Sinkhorn's: smaller is sharper; 0.03 to 0.05 is usual")
-    add("--frames", type=count, help="frames of a clip")
-    add("--stride", type=count, help="video frames from one frame of a clip to the next")
-    add("--size", type=count, help="height and width of a clip, pixels")
-    add("--amp", choices=["bf16", "fp16", "off"], help="autocast (default: bf16 or fp16 on GPUs)")
-    add("--compile", action="store_true", help="compile the blocks: starts slowly, runs faster")
-    add("--workers", type=int, help="loader processes of each training process")
-    add("--timeout", type=count, default=300, help="seconds to wait for the loader")
-    add("--seed", type=int, default=0, help="of weights, order, crops and masks")
-    add("--eval-every", type=int, default=0, help="epochs between probes (default: at the end)")
-    add("--keep-every", type=int, default=0, help="epochs between checkpoints that are kept")
-    add("--max-steps", type=count, help="stop and save after this step")
+    parser = parser_with(__doc__, *FLAGS)
     known, _ = parser.parse_known_args(argv)
     model = known.model or ("tiny" if known.data == "toy" else "base")
     name = f"{Path(known.data).resolve().stem}-{model}-{known.target}"
     parser.set_defaults(model=model, out=f"out/{name}", **recipe(known.data, model))
     args = parser.parse_args(argv)
-    tube, sides = sizes_for(args.model)["tube"], (args.frames, args.size, args.size)
-    if any(side % step for side, step in zip(sides, tube)) or args.size == tube[1]:
-        parser.error(f"--frames and --size must be multiples of {args.model}'s tubes, {tube}")
-    if args.root and args.data not in RECIPES:
-        parser.error("--root only applies to named data sets, not to a folder or list")
+    tube = sizes_for(args.model)["tube"]
+    check(parser, args, tube)
+    if args.size == tube[1]:
+        parser.error("--size must be larger than a tube, or nothing is left to predict from")
     if args.teacher and args.target not in DINO:
         parser.error("--teacher only applies to --target dino or dino-s")
     if args.mask == "motion" and not Path(__file__).with_name("extras").exists():
         parser.error("--mask motion needs extras/motion.py")
-    if args.batch_size and args.batch_size % args.repeat:
-        parser.error("--batch-size must be divisible by --repeat")
-    if args.eps < 0.005 or not 0 <= args.lr < math.inf or args.workers < 0:
-        parser.error("--eps must be at least 0.005, --lr and --workers at least 0")
+    if args.eps < 0.005:
+        parser.error("--eps must be at least 0.005")
     return args
 
 
@@ -232,20 +254,24 @@ def learning_rate(step, steps, warmup, peak, final):
     return final + (peak - final) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
-class StopSignals:
-    """Notes SIGTERM, SIGUSR1 and Ctrl-C in `seen`; the second one ends the process at once."""
+# --- Interruptions --------------------------------------------------------------------------------
 
-    def __init__(self):
-        self.seen, names = False, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-        self.before = {name: signal.signal(name, self.note) for name in names}
+@contextmanager
+def stop_signals():
+    """A list that SIGTERM, SIGUSR1 and Ctrl-C add to; the second one ends the process at once."""
+    seen, before = [], {}
 
-    def note(self, number, frame):
-        self.seen = True
-        for name in self.before:
+    def note(number, frame):
+        seen.append(number)
+        for name in before:
             signal.signal(name, signal.SIG_DFL)
 
-    def restore(self):
-        for name, handler in self.before.items():
+    for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        before[name] = signal.signal(name, note)
+    try:
+        yield seen
+    finally:
+        for name, handler in before.items():
             signal.signal(name, handler)
 
 
@@ -283,6 +309,22 @@ def save_atomically(path, content):
                        "and the same command goes on from it") from error
 
 
+def saved_run(args):
+    """The checkpoint in --out, None if there is none. Raises UserError if flags contradict it."""
+    if not Path(args.out, "last.pt").exists():
+        return None
+    saved, given = read_checkpoint(args.out), vars(args)
+    free = {"root", "val", "out", "teacher", "batch_size", "accum", "workers", "timeout", "compile",
+            "eval_every", "keep_every", "max_steps", "views"}
+    differ = [f"--{name.replace('_', '-')} {given.get(name)} (the run has {value})"
+              for name, value in saved["args"].items()
+              if name not in free and given.get(name) != value]
+    if differ:
+        raise UserError(f"the run in {args.out} goes on with its own settings, but you give "
+                        f"{', '.join(differ)}: leave them out, or choose another --out")
+    return saved
+
+
 # --- Probe and k-NN of the frozen encoder ---------------------------------------------------------
 
 @torch.no_grad()
@@ -295,19 +337,21 @@ def collect(forward, clips, device, amp=None, workers=0):
     batch = max(1, 64 // clips.repeat) if device.type == "cuda" or clips.size < 64 else 1
     keys = [(0, i) for i in range(RANK, len(clips), WORLD)]
     batches = within(300, loader(clips, batch, keys, workers, device))
-    found = []
+    found, unreadable = [], {}
     bar = tqdm(batches, desc="evaluating", total=math.ceil(len(keys) / batch), unit="batch",
                leave=False, disable=RANK > 0)
     for video, _, label, index, bad in bar:
         with autocast(amp, device):
             output = forward(normalise(video, device)).float().unflatten(0, (len(label), -1))
-        found.append((index, label, output.mean(dim=1).cpu(), dict(sum(bad, []))))
-    found = [row for rows in gather(found) for row in rows]
-    for path, reason in (item for *_, bad in found for item in bad.items()):
+        found.append((index, label, output.mean(dim=1).cpu()))
+        unreadable.update(sum(bad, []))
+    unreadable = {path: reason for part in gather(unreadable) for path, reason in part.items()}
+    for path, reason in unreadable.items():
         log(f"unreadable video {path}: {reason}")
-    index, label, output = (torch.cat(part) for part in list(zip(*found))[:3])
-    if (label < 0).all():
-        raise UserError("none of the videos can be read, or none has a label")
+    if len(unreadable) == len(set(clips.videos.paths)):
+        raise UserError("none of the videos can be read")
+    found = [row for rows in gather(found) for row in rows]
+    index, label, output = (torch.cat(part) for part in zip(*found))
     order = index.argsort()
     return output[order], label[order]
 
@@ -347,11 +391,16 @@ def evaluate(encoder, sets, device, amp, workers):
             "knn": accuracy(nearest_neighbours(train, labels, test), truth)}
 
 
-def in_words(results):
-    return f"linear probe {results['linear_probe']:.1%}, k-NN {results['knn']:.1%}"
+def show(results):
+    """Logs the accuracies of a run."""
+    for name, row in results.items():
+        if name in ("untrained", "trained"):
+            log(f"{name:10}linear probe {row['linear_probe']:.1%}, k-NN {row['knn']:.1%}")
+    log(results["protocol"] if "trained" in results else "no probe: it takes labels, and labelled "
+        "videos in val or test of --data, or --val")
 
 
-# --- Pretraining ----------------------------------------------------------------------------------
+# --- Training -------------------------------------------------------------------------------------
 
 def collapse(line, tubes):
     """A sentence if a log line from after warmup shows collapsed features, else None. tubes: hidden
@@ -367,36 +416,161 @@ def collapse(line, tubes):
                 f"{line['log_k']:.2f}): lower --lr or --eps, or raise --batch-size")
 
 
-def check_same(saved, given, out):
-    """Raises UserError if flags contradict those that the run in `out` was started with."""
-    free = {"root", "val", "out", "teacher", "batch_size", "accum", "workers", "timeout", "compile",
-            "eval_every", "keep_every", "max_steps"}
-    differ = [f"--{name.replace('_', '-')} {given.get(name)} (the run has {value})"
-              for name, value in saved.items() if name not in free and given.get(name) != value]
-    if differ:
-        raise UserError(f"the run in {out} goes on with its own settings, but you give "
-                        f"{', '.join(differ)}: leave them out, or choose another --out")
+def fit(args, model, optimizer, clips, loss_of, *, device, sizes, before=None, probe=None):
+    """The training loop, to the last step, --max-steps or a signal; returns the step if all are
+    done. loss_of(network, batch): the loss of a loader's batch and detached statistics; network is
+    the model, in DDP if there are several processes. sizes: the model's, for its checkpoints.
+    before: what saved_run returned. probe(): figures for the log, every --eval-every epochs."""
+    out = Path(args.out)
+    batch, accum = split_batch(args, WORLD, len(clips))
+    per_step, step = batch * accum * WORLD, 0  # clips
+    steps = max(1, args.epochs * len(clips) // per_step)
+    warmup = int(min(args.warmup, args.epochs / 8) * len(clips) / per_step)
+    peak, final = args.lr * per_step / 256, args.final_lr * per_step / 256
+    scaler = torch.amp.GradScaler(device.type, enabled=pick_amp(args.amp, device) == torch.float16)
+    if before:
+        if before["videos"] != len(clips):
+            raise UserError(f"the run in {out} has {before['videos']:,} videos, there are now "
+                            f"{len(clips):,}: start a new one with --init {out} and another --out")
+        fill(model, before["model"], out)
+        optimizer.load_state_dict(before["optimizer"])
+        scaler.load_state_dict(before["scaler"])
+        step = before["clips_seen"] // per_step
+        if step >= steps:
+            return step
+    log(f"data      {len(clips):,} videos, {len(clips.videos.skipped):,} files or lines skipped "
+        f"({out}/skipped.txt)\n"
+        f"clips     {args.frames} frames, {args.stride} apart, {args.size} x {args.size}; "
+        f"{WORLD} processes x {batch} at a time x {accum} accumulated = {per_step} per step\n"
+        f"schedule  {args.epochs} epochs = {steps:,} steps, {warmup:,} of them warmup; learning "
+        f"rate {args.lr:g} x {per_step} / 256 = {peak:.3g}")
+    if args.global_batch not in (None, per_step):
+        log(f"note      the recipe has {args.global_batch} clips per step; the rate is scaled")
 
+    def save(name="last.pt"):
+        if RANK == 0:
+            save_atomically(out / name, dict(
+                model=model.state_dict(), optimizer=optimizer.state_dict(), sizes=sizes,
+                scaler=scaler.state_dict(), clips_seen=step * per_step, videos=len(clips),
+                log_size=(out / "log.jsonl").stat().st_size, args=vars(args)))
 
-def prepare_folder(out, skipped, log_size):
-    """Makes the run's folder; cuts off the log's lines of steps that are going to be done again."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "skipped.txt").write_text("".join(f"{line}\n" for line in skipped))
-        with open(out / "log.jsonl", "a") as file:
-            file.truncate(min(log_size, file.tell()))
-    except OSError as error:
-        raise UserError(f"--out {out} can't be used: {error}") from error
+    if RANK == 0:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "skipped.txt").write_text("\n".join(clips.videos.skipped))
+            with open(out / "log.jsonl", "a") as file:  # without the steps that come once more
+                file.truncate(before["log_size"] if before else 0)
+        except OSError as error:
+            raise UserError(f"--out {out} can't be used: {error}") from error
+    if not before:
+        (out / "results.json").unlink(missing_ok=True)  # of a run that was here before
+        save()  # a disk that can't be written to shows now
+    network, control = model, None
+    if WORLD > 1:
+        network = DistributedDataParallel(model, broadcast_buffers=False)
+        control = dist.new_group(backend="gloo")  # two numbers per step
+    sampler = EndlessSampler(len(clips), batch // args.repeat, RANK, WORLD, args.seed,
+                             step * per_step // args.repeat)
+    batches = within(args.timeout, loader(clips, sampler.batch, sampler, args.workers, device))
+    recent, unreadable, named, bad_lines = [], {}, set(), 0
+    logged, saved, waited = time.monotonic(), time.monotonic(), 0.0
+    last, stopped = min(steps, args.max_steps or steps), False
+    bar = tqdm(total=steps, initial=step, unit="step", disable=RANK > 0, dynamic_ncols=True)
+    with stop_signals() as signals, bar:
+        while step < last and not stopped:
+            rate = learning_rate(step, steps, warmup, peak, final)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group.get("scale", 1)
+            total = 0.0
+            for part in range(1, accum + 1):
+                asked = time.monotonic()
+                samples = next(batches)
+                waited += time.monotonic() - asked
+                unreadable.update(sum(samples[-1], []))
+                # What is random in a step follows from its number: a run goes on exactly.
+                torch.manual_seed(hash((args.seed, step, part, RANK)) % 2 ** 63)
+                with network.no_sync() if WORLD > 1 and part < accum else nullcontext():
+                    loss, stats = loss_of(network, samples)
+                    scaler.scale(loss / accum).backward()
+                total = total + loss.detach() / accum
+            scaler.unscale_(optimizer)
+            norm = nn.utils.get_total_norm([p.grad for p in model.parameters()
+                                            if p.grad is not None])
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            stats = {name: value for name, value in stats.items() if value.ndim == 0}
+            recent.append({"loss": total, "grad_norm": norm, **stats})
+            epoch, step = step * per_step // len(clips), step + 1
+            bar.update()
+
+            # All ranks agree on what comes next. Until here nothing has waited for the GPU.
+            late = time.monotonic() - logged > LOG_SECONDS or step % LOG_STEPS == 0
+            flags = torch.tensor([len(signals) > 0, late], dtype=torch.int)
+            if WORLD > 1:
+                dist.all_reduce(flags, dist.ReduceOp.MAX, group=control)
+            stopped, late = flags.bool().tolist()
+            now = step * per_step // len(clips)
+            probing, keeping = (every and now // every > epoch // every
+                                for every in (args.eval_every, args.keep_every))
+            if not (late or stopped or step == last or probing or keeping):
+                continue
+
+            # A log line: means over the steps since the last one, and over the ranks.
+            rows = torch.stack([torch.stack([x.float() for x in one.values()]) for one in recent])
+            rows = rows / WORLD
+            if WORLD > 1:
+                dist.all_reduce(rows)
+            for i, row in enumerate(rows.tolist(), start=step - len(rows) + 1):
+                if not all(map(math.isfinite, row[:1] if scaler.is_enabled() else row)):
+                    raise RunError(f"the loss ({row[0]}) or its gradient ({row[1]}) is not finite "
+                                   f"at step {i}; {out}/last.pt is the last good checkpoint. Start "
+                                   f"anew from it: --init {out}, another --out, a lower --lr")
+            seconds = time.monotonic() - logged
+            line = {"step": step, "epoch": step * per_step / len(clips), "lr": rate,
+                    **dict(zip(recent[0], rows.mean(dim=0).tolist())),
+                    "clips_per_second": len(rows) * per_step / seconds,
+                    "data_wait": waited / seconds}
+            for path, reason in (pair for found in gather(unreadable) for pair in found.items()):
+                if path not in named:
+                    named.add(path)
+                    log(f"unreadable video {path}: {reason}; another one takes its place")
+            bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['clips_per_second']:.1f} clips/s, "
+                                f"{line['data_wait']:.0%} waiting for data")
+            problem = collapse(line, int(samples[1].sum())) if step > warmup else None
+            bad_lines = bad_lines + 1 if problem else 0
+            if bad_lines == 10:  # in a row; said once
+                log(problem)
+            if probing and probe:
+                line |= (found := probe())
+                show({"trained": found, "protocol": f"at epoch {line['epoch']:g}"})
+            if RANK == 0:
+                line = {name: x if math.isfinite(x) else None for name, x in line.items()}
+                with open(out / "log.jsonl", "a") as file:
+                    file.write(json.dumps(line | {"unreadable_videos": len(named)}) + "\n")
+            too_many = len(named) > max(min(5, len(clips) - 1), MAX_UNREADABLE * len(clips))
+            if stopped or step == last or too_many or time.monotonic() - saved > SAVE_SECONDS:
+                save()
+                saved = time.monotonic()
+            if keeping:
+                save(f"epoch-{now:04}.pt")
+            if too_many:
+                raise RunError(f"{len(named)} of {len(clips):,} videos can't be read, more than "
+                               f"{MAX_UNREADABLE:.0%}: mend or remove those named above")
+            recent, logged, waited = [], time.monotonic(), 0.0
+    if step >= steps:
+        return step
+    log(f"stopped after step {step:,} of {steps:,}; the same command goes on")
 
 
 def main(argv=None):
-    """One run, from the flags to the results."""
+    """Pretraining, from the flags to the results."""
     args = parse(argv)
     device, out, root = set_up(), Path(args.out), locate(args.data, args.root)
-    amp = pick_amp(args.amp, device)
-    before = read_checkpoint(out) if (out / "last.pt").exists() else None
-    if before:
-        check_same(before["args"], vars(args), out)
+    amp, before = pick_amp(args.amp, device), saved_run(args)
+    if before and (out / "results.json").exists():
+        show(json.loads((out / "results.json").read_text()))
+        return log(f"{out} is complete; to start anew choose another --out, or remove it")
 
     # Model and optimiser.
     sizes, teacher = sizes_for(args.model, args.target, eps=args.eps), None
@@ -412,19 +586,16 @@ def main(argv=None):
         part.recompute = args.model in ("large", "huge")  # memory before speed
         for block in part.blocks if args.compile else ():
             block.compile()
-    optimizer = make_optimizer(model)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    log(f"model     {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"target {args.target}, on {device}, {str(amp or torch.float32).removeprefix('torch.')}")
 
     # Videos: to train on; for probe and k-NN some of them, and held-out ones to test on.
     if args.data == "toy":
         one_first(lambda: make_toy(root))
-    videos = find_videos(root)
-    labelled = max(videos.labels) >= 0
-    held_out = Videos()
-    if labelled:
+    videos, held_out = find_videos(root), Videos()
+    if max(videos.labels) >= 0:
         splits = ("val", "test", "") if args.val else ("val", "test")
         held_out = find_videos(args.val or root, splits, videos.classes, required=bool(args.val))
-        labelled = max(held_out.labels, default=-1) >= 0
     shape = dict(frames=args.frames, stride=args.stride, size=args.size, tube=sizes["tube"],
                  ratio=args.ratio, seed=args.seed, cache={} if args.data == "toy" else None)
     kind = Clips
@@ -437,153 +608,30 @@ def main(argv=None):
     sets = [Clips(some.spread(EVAL_CLIPS), **shape, choose=centre_frames, crop=centre_crop, tries=1)
             for some in (videos, held_out)]
 
-    # Batch and schedule, and the place in it.
-    batch, accum = split_batch(args, WORLD, len(clips))
-    per_step = batch * accum * WORLD  # clips
-    steps = max(1, args.epochs * len(clips) // per_step)
-    warmup = int(min(args.warmup, args.epochs / 8) * len(clips) / per_step)
-    peak, final, step = args.lr * per_step / 256, 1e-5 * per_step / 256, 0
-    if before:
-        if before["videos"] != len(clips):
-            raise UserError(f"the run in {out} has {before['videos']:,} videos, {root} now has "
-                            f"{len(clips):,}: start a new one with --init {out} and another --out")
-        fill(model, before["model"], out)
-        optimizer.load_state_dict(before["optimizer"])
-        scaler.load_state_dict(before["scaler"])
-        step = before["clips_seen"] // per_step
+    def probe(encoder=model.encoder):
+        return evaluate(encoder, sets, device, amp, args.workers)
 
-    tubes = tube_mask(1, clips.grid, args.ratio).sum().item() * batch * WORLD
-    log(f"data      {len(clips):,} videos in {root}, {len(set(videos.labels) - {-1})} classes, "
-        f"{len(videos.skipped):,} files or lines skipped ({out}/skipped.txt)")
-    log(f"model     {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"target {args.target}, on {device}, {str(amp or torch.float32).removeprefix('torch.')}")
-    log(f"clips     {args.frames} frames, {args.stride} apart, {args.size} x {args.size}; "
-        f"{WORLD} processes x {batch} at a time x {accum} accumulated = {per_step} per step")
-    log(f"schedule  {args.epochs} epochs = {steps:,} steps, {warmup:,} of them warmup; learning "
-        f"rate {args.lr:g} x {per_step} / 256 = {peak:.3g}")
+    def loss_of(network, samples):
+        video = normalise(samples[0], device)
+        with autocast(amp, device):
+            return network(video, samples[1], teacher(video) if teacher else None)
+
     if args.target != "pixel":
+        tubes = tube_mask(1, clips.grid, args.ratio).sum() * split_batch(
+            args, WORLD, len(clips))[0] * WORLD
         log(f"Sinkhorn  {tubes:,} hidden tubes at a time share {len(model.prototypes):,} prototypes"
             "; if fewer than three for each, raise --batch-size (--accum does not help)")
-    if args.global_batch not in (None, per_step):
-        log(f"note      the recipe has {args.global_batch} clips per step; the rate is scaled")
-    if before and before["per_step"] != per_step:
-        log(f"note      the run had {before['per_step']} clips per step before")
-    if step >= steps and (out / "results.json").exists():
-        show(json.loads((out / "results.json").read_text()))
-        return log(f"{out} is complete; to start anew choose another --out, or remove it")
-
-    def save(name="last.pt"):
-        if RANK == 0:
-            save_atomically(out / name, dict(
-                model=model.state_dict(), optimizer=optimizer.state_dict(), sizes=sizes,
-                scaler=scaler.state_dict(), clips_seen=step * per_step, per_step=per_step,
-                videos=len(clips), log_size=(out / "log.jsonl").stat().st_size, args=vars(args)))
-
-    if RANK == 0:
-        prepare_folder(out, videos.skipped, before["log_size"] if before else 0)
-    if not before:
-        save()  # a disk that can't be written to shows now
-    parallel = DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
-    control = dist.new_group(backend="gloo") if WORLD > 1 else None  # two numbers per step
-    sampler = EndlessSampler(len(clips), batch // args.repeat, RANK, WORLD, args.seed,
-                             step * per_step // args.repeat)
-    batches = loader(clips, sampler.batch, sampler, args.workers, device)
-    batches = within(args.timeout, batches)
-    stop, recent, unreadable, named, bad_lines = StopSignals(), [], {}, set(), 0
-    logged, saved, waited = time.monotonic(), time.monotonic(), 0.0
-    bar = tqdm(total=steps, initial=step, unit="step", disable=RANK > 0, dynamic_ncols=True)
-    last = min(steps, args.max_steps or steps)
-    while step < last:
-        rate = learning_rate(step, steps, warmup, peak, final)
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = rate
-        total = 0.0
-        for part in range(1, accum + 1):
-            asked = time.monotonic()
-            video, mask, _, _, bad = next(batches)
-            waited += time.monotonic() - asked
-            unreadable.update(pair for pairs in bad for pair in pairs)
-            video = normalise(video, device)
-            with parallel.no_sync() if WORLD > 1 and part < accum else nullcontext():
-                with autocast(amp, device):
-                    loss, stats = parallel(video, mask, teacher(video) if teacher else None)
-                scaler.scale(loss / accum).backward()
-            total = total + loss.detach() / accum
-        scaler.unscale_(optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        stats = {name: value for name, value in stats.items() if value.ndim == 0}
-        recent.append({"loss": total, "grad_norm": norm, **stats})
-        epoch, step = step * per_step // len(clips), step + 1
-        bar.update()
-
-        # All ranks agree on what comes next. Until here nothing has waited for the GPU.
-        late = time.monotonic() - logged > LOG_SECONDS or step % LOG_STEPS == 0
-        flags = torch.tensor([stop.seen, late], dtype=torch.int)
-        if WORLD > 1:
-            dist.all_reduce(flags, dist.ReduceOp.MAX, group=control)
-        stopped, late = flags.bool().tolist()
-        now = step * per_step // len(clips)
-        probe, keep = (every and now // every > epoch // every
-                       for every in (args.eval_every, args.keep_every))
-        if not (late or stopped or step == last or probe or keep):
-            continue
-
-        # A log line: means over the steps since the last one, and over the ranks.
-        rows = torch.stack([torch.stack([x.float() for x in one.values()]) for one in recent])
-        rows = rows / WORLD
-        if WORLD > 1:
-            dist.all_reduce(rows)
-        for i, row in enumerate(rows.tolist(), start=step - len(rows) + 1):
-            if not all(map(math.isfinite, row[:1] if scaler.is_enabled() else row)):
-                raise RunError(f"the loss ({row[0]}) or its gradient ({row[1]}) is not finite at "
-                               f"step {i}; {out}/last.pt is the last good checkpoint. Start anew "
-                               f"from it: --init {out}, another --out, a lower --lr, --amp off")
-        seconds = time.monotonic() - logged
-        line = {"step": step, "epoch": step * per_step / len(clips), "lr": rate,
-                **dict(zip(recent[0], rows.mean(dim=0).tolist())),
-                "clips_per_second": len(rows) * per_step / seconds, "data_wait": waited / seconds}
-        for path, reason in (pair for found in gather(unreadable) for pair in found.items()):
-            if path not in named:
-                named.add(path)
-                log(f"unreadable video {path}: {reason}; another one takes its place")
-        bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['clips_per_second']:.1f} clips/s, "
-                            f"{line['data_wait']:.0%} waiting for data")
-        problem = collapse(line, tubes // WORLD) if step > warmup else None
-        bad_lines = bad_lines + 1 if problem else 0
-        if bad_lines == 10:  # in a row; said once
-            log(problem)
-        if probe and labelled:
-            line |= (found := evaluate(model.encoder, sets, device, amp, args.workers))
-            log(f"epoch {line['epoch']:g}: {in_words(found)}")
-        if RANK == 0:
-            line = {name: x if math.isfinite(x) else None for name, x in line.items()}  # for JSON
-            with open(out / "log.jsonl", "a") as file:
-                file.write(json.dumps(line | {"unreadable_videos": len(named)}) + "\n")
-        too_many = len(named) > max(min(5, len(clips) - 1), MAX_UNREADABLE * len(clips))
-        if stopped or step == last or too_many or time.monotonic() - saved > SAVE_SECONDS:
-            save()
-            saved = time.monotonic()
-        if keep:
-            save(f"epoch-{now:04}.pt")
-        if too_many:
-            raise RunError(f"{len(named)} of {len(clips):,} videos can't be read, more than "
-                           f"{MAX_UNREADABLE:.0%}: mend or remove those named above")
-        if stopped:
-            break
-        recent, logged, waited = [], time.monotonic(), 0.0
-    bar.close()
-    stop.restore()
-    if step < steps:
-        return log(f"stopped after step {step:,} of {steps:,}; the same command goes on")
+    labelled = max(held_out.labels, default=-1) >= 0
+    step = fit(args, model, make_optimizer(model), clips, loss_of, device=device, sizes=sizes,
+               before=before, probe=probe if labelled else None)
+    if step is None:
+        return
 
     # Results.
     results = dict(protocol=PROTOCOL, step=step, checkpoint=f"{out}/last.pt", args=vars(args))
-    for name, encoder in (("untrained", untrained), ("trained", model.encoder)):
-        if labelled and encoder:
-            results[name] = evaluate(encoder, sets, device, amp, args.workers)
+    if labelled:
+        results |= {"untrained": probe(untrained)} if untrained else {}
+        results["trained"] = probe()
     if RANK == 0:
         (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         show(results)
@@ -592,15 +640,6 @@ def main(argv=None):
               f"    python extras/pictures.py {out} {source}\n"
               f"    python extras/finetune.py --init {out} {source}\n"
               f"    python extras/features.py --init {out} {source}")
-
-
-def show(results):
-    """Logs the accuracies of a run."""
-    for name in ("untrained", "trained"):
-        if name in results:
-            log(f"{name:10}{in_words(results[name])}")
-    log(results["protocol"] if "trained" in results else "no probe: it takes labels, and labelled "
-        "videos in val or test of --data, or --val")
 
 
 def launch(main, argv=None):
