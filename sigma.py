@@ -502,16 +502,18 @@ def count_parts(weights, prefix):
 def sizes_of(weights):
     """Keyword arguments of SIGMA, or of Encoder alone, that fit the weights.
 
-    Shapes tell all but the number of heads, which is that of the network in SIZES as wide.
+    Shapes tell all but the number of heads, which is that of the network in SIZES as wide, or None.
+    Raises KeyError with the name of a part that is missing.
     """
     dim, _, *tube = weights["encoder.patch_embed.proj.weight"].shape
     row = next((row for row in SIZES.values() if row["dim"] == dim), {})
     sizes = dict(dim=dim, depth=count_parts(weights, "encoder.blocks"), heads=row.get("heads"),
                  tube=tuple(tube))
-    if "decoder.head.weight" in weights:
-        out, width = weights["decoder.head.weight"].shape
-        sizes |= dict(decoder_dim=width, decoder_depth=count_parts(weights, "decoder.blocks"),
-                      decoder_heads=row.get("decoder_heads"), target="pixel")
+    if not {"prototypes", "mask_token", "decoder.norm.weight"} & weights.keys():
+        return sizes  # an encoder, perhaps with a classifier
+    out, width = weights["decoder.head.weight"].shape
+    sizes |= dict(decoder_dim=width, decoder_depth=count_parts(weights, "decoder.blocks"),
+                  decoder_heads=row.get("decoder_heads"), target="pixel")
     if "prototypes" in weights:
         widths = [len(weights[f"projector.{2 * i}.bias"])
                   for i in range(count_parts(weights, "projector"))]
@@ -530,10 +532,15 @@ def load_model(path, **changes):
     """
     content = read_checkpoint(path)
     weights = content["model"]
-    sizes = content.get("sizes", sizes_of(weights)) | changes
-    if not sizes.get("heads"):
-        raise UserError(f"{path} does not tell its heads: give heads= and decoder_heads=")
-    if "decoder.head.weight" in weights:
+    try:
+        sizes = (content.get("sizes") or sizes_of(weights)) | changes
+    except KeyError as error:
+        raise UserError(f"{path} is incomplete: it lacks {error}") from error
+    for part in ("", "decoder_"):
+        heads = sizes.get(f"{part}heads")
+        if f"{part}dim" in sizes and (not heads or sizes[f"{part}dim"] % heads):
+            raise UserError(f"{path} does not tell how many {part}heads it has: give {part}heads=")
+    if "decoder_dim" in sizes:
         model = SIGMA(**sizes)
     else:
         sizes = {name: sizes[name] for name in ("dim", "depth", "heads", "tube")}

@@ -508,10 +508,13 @@ def test_published_checkpoints_load_wholly(target, tmp_path):
     loaded, clip = load_model(tmp_path / "theirs.pth").eval(), torch.randn(1, 3, 4, 48, 32)
     assert loaded.target == target and loaded.state_dict().keys() == model.state_dict().keys()
     assert torch.equal(loaded.encoder(clip), model.encoder(clip))
-    weights.pop("decoder.norm.bias")
-    torch.save({"model": weights}, tmp_path / "lacking.pth")
-    with pytest.raises(UserError, match="decoder.norm.bias"):
-        load_model(tmp_path / "lacking.pth")
+    for name in {"decoder.norm.bias", "decoder.head.weight", "head.2.bias"} & weights.keys():
+        lacking = {n: w for n, w in weights.items() if n != name}
+        torch.save({"model": lacking}, tmp_path / "lacking.pth")
+        with pytest.raises(UserError, match=name.replace("head.2", "projector.2")):
+            load_model(tmp_path / "lacking.pth")
+    with pytest.raises(UserError, match="decoder_heads"):
+        load_model(tmp_path / "theirs.pth", decoder_heads=5)
 
 
 def test_damaged_and_harmful_files_stop_and_run_nothing(tmp_path):

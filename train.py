@@ -444,8 +444,6 @@ def fit(args, model, optimizer, clips, loss_of, *, device, sizes, before=None, p
         f"{WORLD} processes x {batch} at a time x {accum} accumulated = {per_step} per step\n"
         f"schedule  {args.epochs} epochs = {steps:,} steps, {warmup:,} of them warmup; learning "
         f"rate {args.lr:g} x {per_step} / 256 = {peak:.3g}")
-    if args.global_batch not in (None, per_step):
-        log(f"note      the recipe has {args.global_batch} clips per step; the rate is scaled")
 
     def save(name="last.pt"):
         if RANK == 0:

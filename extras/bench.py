@@ -6,7 +6,6 @@
 Trains nothing and writes nothing. The loader's figure is of one core, in its own time; the step's,
 of random clips with the optimiser; Sinkhorn's, in products of the same scores with a vector.
 """
-import argparse
 import resource
 import sys
 import time
@@ -17,9 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the core is
 from data import Clips, VideoError, Videos, find_videos, normalise
-from sigma import (DINO, SIGMA, SIZES, TARGETS, Encoder, Teacher, UserError, sinkhorn, sizes_for,
-                   tube_mask)
-from train import autocast, launch, locate, make_optimizer, pick_amp, recipe, set_up
+from sigma import DINO, SIGMA, Encoder, Teacher, UserError, sinkhorn, sizes_for, tube_mask
+from train import (autocast, launch, locate, make_optimizer, parser_with, pick_amp, recipe, set_up)
 
 VIDEOS = {"k400": 241_000, "ssv2": 168_913, "ucf101": 9_537, "hmdb51": 3_570, "toy": 8_192}
 
@@ -57,15 +55,8 @@ def clips_per_second(clips, limit=10):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="k400", help="named set, folder or list (default: k400)")
-    parser.add_argument("--root", help="folder of a named set (default: data/<name>)")
-    parser.add_argument("--model", choices=SIZES, help="default: tiny for toy, else base")
-    parser.add_argument("--target", choices=TARGETS, default="mlp", help="default: mlp")
-    parser.add_argument("--batch-size", type=int, help="default: the recipe's")
-    parser.add_argument("--amp", choices=["bf16", "fp16", "off"], help="default: on GPUs")
-    parser.add_argument("--compile", action="store_true", help="compile the blocks")
+    parser = parser_with(__doc__, "data", "root", "model", "target", "batch-size", "amp", "compile")
+    parser.set_defaults(data="k400")
     args = parser.parse_args(argv)
     device, model_name = set_up(), args.model or ("tiny" if args.data == "toy" else "base")
     own, sizes = recipe(args.data, model_name), sizes_for(model_name, args.target)

@@ -11,7 +11,6 @@ exp(cosine / 0.07), held-out videos against training ones. --window W --step S: 
 of W frames, --stride apart, one every S frames, a file per video with `features` (windows, D) and
 `starts`, which is what detectors of actions in time such as ActionFormer read.
 """
-import argparse
 import json
 import sys
 from dataclasses import replace
@@ -25,47 +24,36 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the core is
 from data import Clips, VideoError, centre_crop, centre_frames, decode, find_videos, normalise
 from data import resize_crop
 from sigma import UserError, load_model, read_checkpoint
-from train import (RANK, WORLD, accuracy, autocast, collect, gather, launch, locate, log,
-                   nearest_neighbours, pick_amp, save_atomically, set_up)
+from train import (RANK, RECIPE, WORLD, accuracy, autocast, collect, count, gather, launch, locate,
+                   log, nearest_neighbours, parser_with, pick_amp, save_atomically, set_up)
 
 SPLITS = {"train": ("train", ""), "val": ("val", "test")}
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_with(__doc__, *"init data root val frames stride size amp workers out".split())
     add = parser.add_argument
-    add("--init", required=True, help="run or checkpoint")
-    add("--data", default="toy", help="a named set, a folder or a list")
-    add("--root", help="folder of a named set (default: data/<name>)")
     add("--split", choices=SPLITS, default="train", help="default: train, or the folder itself")
-    add("--val", help="with --knn: videos to test on (default: val or test of --data)")
     add("--knn", action="store_true", help="k-NN of held-out videos, no file of features")
     add("--tokens", action="store_true", help="a feature of each tube instead of each video")
-    add("--window", type=int, help="frames of a window; one file per video")
-    add("--step", type=int, default=16, help="frames from one window to the next")
-    for name in ("frames", "stride", "size"):
-        add(f"--{name}", type=int, help="of a clip (default: as it was trained, else 16, 4, 224)")
-    add("--amp", choices=["bf16", "fp16", "off"], help="autocast (default: on GPUs)")
-    add("--workers", type=int, default=0, help="loader processes")
-    add("--out", help="folder (default: out/<data>-<split>-features)")
+    add("--window", type=count, help="frames of a window; one file per video")
+    add("--step", type=count, default=16, help="frames from one window to the next")
     known, _ = parser.parse_known_args(argv)
+    if not known.init:
+        parser.error("--init RUN or FILE is needed")
     trained = read_checkpoint(known.init).get("args", {})
-    trained = trained if isinstance(trained, dict) else {}  # of other code
-    shape = {name: trained.get(name, value)
-             for name, value in (("frames", 16), ("stride", 4), ("size", 224))}
+    trained = RECIPE | (trained if isinstance(trained, dict) else {})  # else: of other code
+    shape = {name: trained[name] for name in ("frames", "stride", "size")}
     name = f"{Path(known.data).resolve().stem}-{known.split}"
-    parser.set_defaults(out=f"out/{name}-features", **shape)
+    parser.set_defaults(out=f"out/{name}-features", workers=0, **shape)  # as it was trained
     args = parser.parse_args(argv)
     if args.knn and (args.tokens or args.window):
         parser.error("--knn takes pooled features of videos: leave out --tokens and --window")
-    if min(args.window or 1, args.step, args.frames, args.stride, args.size) < 1:
-        parser.error("--window, --step, --frames, --stride and --size must be at least 1")
     return args
 
 
 def pooling(path, encoder):
-    """Tokens (B, N, D) -> features of clips (B, D), as the checkpoint was trained to pool them."""
+    """A function of tokens (B, N, D) -> features of clips (B, D), as the network was trained."""
     weights = read_checkpoint(path)["model"]
     norm = nn.Identity()
     if "fc_norm.weight" in weights:

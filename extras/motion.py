@@ -14,7 +14,6 @@ with one reference, as in files of extras/videos.py prepare, not always in other
 decoder may skip, intra blocks, and codecs without vectors (VP9, AV1, HEVC) are missing; a tube with
 none counts as still. The median over a tube's area and the frames between two slices helps.
 """
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -28,7 +27,7 @@ from tqdm import tqdm
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the core is
 from data import Clips, VideoError, decode, find_videos, resize_crop
 from sigma import UserError, tube_mask
-from train import launch, locate, recipe
+from train import launch, locate, parser_with, recipe
 
 CELL = 8  # pixels of a field's cell; the blocks of most files are as large or larger
 I_FRAME, P_FRAME = 1, 2
@@ -206,10 +205,7 @@ def draw(path, clips, number=4):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="toy", help="a named set, a folder or a list")
-    parser.add_argument("--root", help="folder of a named set (default: data/<name>)")
+    parser = parser_with(__doc__, "data", "root")
     parser.add_argument("--out", default="motion.png", help="the picture (default: motion.png)")
     args = parser.parse_args(argv)
     videos = find_videos(locate(args.data, args.root))

@@ -18,7 +18,7 @@ from torchvision.utils import save_image
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the core is
 from data import Clips, centre_crop, centre_frames, collate, find_videos, normalise, write_video
 from sigma import DINO, load_model, read_checkpoint, standardise, take_tubes
-from train import collect, launch, locate, log, make_teacher, recipe, set_up
+from train import collect, launch, locate, log, make_teacher, parser_with, recipe, set_up
 
 
 def slide(video, tube, forward):
@@ -64,13 +64,10 @@ def frame_tubes(video, place, tube, side=128):
 
 @torch.no_grad()
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_with(__doc__, "data", "root", "teacher")
+    parser.set_defaults(data=None)  # the run's
     parser.add_argument("checkpoint", type=Path, help="of pretraining: a file, or a run's folder")
-    parser.add_argument("--data", help="a named set, a folder or a list (default: the run's)")
-    parser.add_argument("--root", help="folder of a named set (default: data/<name>)")
     parser.add_argument("--split", default="train", help="train (default), val or test")
-    parser.add_argument("--teacher", metavar="FILE", help="DINO's weights (default: downloaded)")
     parser.add_argument("--out", type=Path, help="folder to write to (default: the checkpoint's)")
     args = parser.parse_args(argv)
     device, content = set_up(), read_checkpoint(args.checkpoint)

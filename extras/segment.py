@@ -1,6 +1,6 @@
 """Unsupervised video object segmentation: the encoder's tokens, clustered without any training.
 
-    python extras/segment.py --init out/k400-base-dino --root DAVIS
+    python extras/segment.py --init out/k400-base-dino --root DAVIS    without --init: untrained
     python extras/segment.py --init CHECKPOINT --root DAVIS --clusters 10 --layer 11 --pictures
     torchrun --nproc_per_node=2 extras/segment.py --init RUN --root YTVOS
 
@@ -18,7 +18,6 @@ for each clip by cosine, k-means++ starts, the best of --restarts; clustering: K
 clip with background, matched one to one so that the sum of IoUs is largest; overclustering: each of
 --clusters goes to the segment that it overlaps most. Means over segments, then clips, then videos.
 """
-import argparse
 import itertools
 import json
 import sys
@@ -34,8 +33,9 @@ from tqdm import tqdm
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the core is
 import av
 from data import IMAGES, decode, normalise, seeded, video_stream, write_video
-from sigma import SIZES, UserError, build_model, load_model
-from train import RANK, WORLD, autocast, gather, launch, log, pick_amp, set_up
+from sigma import UserError, build_model, load_model
+from train import (RANK, WORLD, autocast, count, gather, launch, log, parser_with, pick_amp,
+                   set_up)
 
 COLOURS = torch.tensor([[0, 0, 0], [230, 25, 75], [60, 180, 75], [255, 225, 25], [0, 130, 200],
                         [245, 130, 48], [145, 30, 180], [70, 240, 240], [250, 190, 212]])
@@ -184,21 +184,14 @@ def mean(values):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_with(__doc__, "init", "model", "frames", "size", "seed", "amp", "out")
+    parser.set_defaults(model="base", frames=16, size=224, out="out/segment")
     add = parser.add_argument
-    add("--init", help="run or checkpoint (default: an untrained encoder of --model)")
-    add("--model", choices=SIZES, default="base", help="without --init (default: base)")
     add("--root", required=True, help="folder with JPEGImages and Annotations")
     add("--layer", type=int, help="block whose output is clustered (default: the last, normed)")
-    add("--clusters", type=int, default=10, help="of overclustering (default: 10)")
-    add("--restarts", type=int, default=5, help="of k-means (default: 5)")
-    add("--frames", type=int, default=16, help="of a clip (default: 16)")
-    add("--size", type=int, default=224, help="of frames and annotations, pixels (default: 224)")
-    add("--seed", type=int, default=0, help="of k-means, and of an untrained encoder")
-    add("--amp", choices=["bf16", "fp16", "off"], help="autocast (default: on GPUs)")
+    add("--clusters", type=count, default=10, help="of overclustering (default: 10)")
+    add("--restarts", type=count, default=5, help="of k-means (default: 5)")
     add("--pictures", action="store_true", help="a picture and a film for each video")
-    add("--out", default="out/segment", help="folder of results (default: out/segment)")
     args = parser.parse_args(argv)
     device, out = set_up(), Path(args.out)
     torch.manual_seed(args.seed)
@@ -209,8 +202,6 @@ def main(argv=None):
         parser.error(f"--frames and --size must be multiples of the tube {encoder.tube}")
     if args.layer and not 1 <= args.layer <= len(encoder.blocks):
         parser.error(f"--layer must be from 1 to {len(encoder.blocks)}")
-    if min(args.clusters, args.restarts) < 1:
-        parser.error("--clusters and --restarts must be at least 1")
     if args.layer:
         encoder.blocks, encoder.norm = encoder.blocks[:args.layer], torch.nn.Identity()
 

@@ -17,14 +17,12 @@ frame needs, no sound. Names and folders stay, except that all end in .mp4, whic
 nevertheless; a.avi beside a.mp4 keeps its name. Lists come along, with their absolute paths changed
 to the new videos. Stopped at any moment it goes on where it was.
 """
-import argparse
 import csv
 import errno
 import json
 import os
 import sys
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import av
@@ -33,7 +31,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the core is
 from data import (SUFFIXES, VideoError, decode, files_below, find_videos, in_parallel,
                   pretraining_frames, reformat, video_stream)
 from sigma import UserError
-from train import RunError, launch
+from train import RunError, launch, parser_with
 
 
 # --- lists ----------------------------------------------------------------------------------------
@@ -93,7 +91,7 @@ def new_folder(out):
     """Makes the folder for lists, unless it has some."""
     for name in ("train.csv", "val.csv"):
         if (out / name).exists():
-            raise UserError(f"{out / name} is there already: give another folder with --out")
+            raise UserError(f"{out / name} is there already: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
 
 
@@ -136,7 +134,7 @@ def lists(args):
 def problem(path):
     """Why a clip of the video at path can't be read, or None."""
     try:
-        decode(path, partial(pretraining_frames, frames=16, stride=4))
+        decode(path, lambda n: pretraining_frames(n, frames=16, stride=4))
     except VideoError as error:
         return str(error)
 
@@ -226,22 +224,20 @@ def prepare(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_with(__doc__)
     tasks = parser.add_subparsers(required=True)
     for work in (lists, check, prepare):
         task = tasks.add_parser(work.__name__, help=work.__doc__, description=work.__doc__)
         task.set_defaults(work=work)
         if work is lists:
             task.add_argument("set", choices=SETS)
+            task.add_argument("--split", type=int, default=1, choices=(1, 2, 3))
         task.add_argument("folder", help="of the videos" + (", or a list" if work is check else ""))
         if work is prepare:
             task.add_argument("target", help="folder of the new videos")
         else:
             task.add_argument("--out", help="folder of the lists")
-        if work is lists:
-            task.add_argument("--split", type=int, default=1, choices=(1, 2, 3))
-        else:
+        if work is not lists:
             task.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     args = parser.parse_args(argv)
     try:
