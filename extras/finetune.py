@@ -121,7 +121,8 @@ class Views(Clips):
         views = []
         for clip in self.frames_of(path, lambda n: view_frames(
                 n, self.frames, self.stride, self.times, self.sampling)):
-            clip = v2.functional.resize(clip, [self.size]).transpose(0, 1)  # 3 T H W
+            clip = v2.functional.resize(clip, [self.size], antialias=False)  # as published
+            clip = clip.transpose(0, 1)  # 3 T H W
             axis = 2 if clip.shape[2] > clip.shape[3] else 3
             views += [clip.narrow(axis, start, self.size)
                       for start in spread(self.crops, clip.shape[axis] - self.size)]
