@@ -551,29 +551,30 @@ def load_model(path, **changes):
     return fill(model, weights, path)
 
 
+@torch.no_grad()
 def walk():
     """One clip through the method, step by step: what `python sigma.py` prints."""
+    def show(step, x):
+        print(f"{step:70}{tuple(x.shape)}")
+
     torch.manual_seed(0)
     model, mask = build_model("small").eval(), tube_mask(1, (8, 14, 14))
     clip = F.interpolate(torch.randn(1, 3, 16, 14, 14), (16, 224, 224), mode="trilinear")  # smooth
-    with torch.no_grad():
-        visible, hidden = split_mask(mask)
-        predicted, target = model.predict(clip, visible, hidden), model.embed(clip, hidden)
-        scores = model.compare(predicted, target)
-        soft = sinkhorn(scores)
-        loss, _ = symmetric_loss(*scores, *(s.argmax(dim=1) for s in soft))
-    k = len(model.prototypes)
-    for step, x in (
-            ("  a clip, normalised RGB", clip), ("  its tubes, 8 x 14 x 14", mask),
-            ("1 90% of them are hidden, in all slices alike", hidden),
-            ("2 the video model: tokens of the visible ones", model.encoder(clip, visible)),
-            ("  and features predicted for the hidden ones", predicted),
-            ("3 the projection network: features of their pixels", target),
-            ("4 cosines to the prototypes, of both", scores[0]),
-            (f"5 Sinkhorn: the largest prototype has {soft[1].mean(0).max() * k:.2f} / K of them, "
-             f"by softmax {(scores[1] / 0.05).softmax(1).mean(0).max() * k:.0f} / K", soft[1]),
-            (f"6 each predicts the other's: {loss:.2f}, 2 ln K = {2 * math.log(k):.2f}", loss)):
-        print(f"{step:70}{tuple(x.shape)}")
+    visible, hidden = split_mask(mask)
+    show("  a clip, normalised RGB", clip)
+    show("1 90% of its 8 x 14 x 14 tubes are hidden, in all slices alike", hidden)
+    show("2 the video model: tokens of the visible ones", model.encoder(clip, visible))
+    predicted, target = model.predict(clip, visible, hidden), model.embed(clip, hidden)
+    show("  and features predicted for the hidden ones", predicted)
+    show("3 the projection network: features of their pixels", target)
+    scores = model.compare(predicted, target)
+    show("4 cosines to the prototypes, of both", scores[0])
+    soft, k = sinkhorn(scores), len(model.prototypes)
+    largest = [share.mean(dim=0).max() * k for share in (soft[1], (scores[1] / 0.05).softmax(1))]
+    show(f"5 Sinkhorn: the largest prototype has {largest[0]:.2f} / K of them, by softmax "
+         f"{largest[1]:.0f} / K", soft[1])
+    loss, _ = symmetric_loss(*scores, *(s.argmax(dim=1) for s in soft))
+    show(f"6 each predicts the other's: {loss:.2f}, 2 ln K = {2 * math.log(k):.2f}", loss)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the core is
 from data import (IMAGENET_MEAN, IMAGENET_STD, Clips, centre_crop, corner_crop, find_videos,
                   make_toy, normalise, seeded)
 from sigma import (SIZES, Encoder, UserError, fill, read_checkpoint, sizes_for, sizes_of, tube_mask)
-from train import (FLAGS, RANK, accuracy, autocast, check, collect, count, fit, launch, locate, log,
+from train import (RANK, accuracy, autocast, check, collect, count, fit, launch, locate, log,
                    one_first, parser_with, pick_amp, recipe, saved_run, set_up)
 
 # What fine-tuning changes in the pretraining recipe of a data set, and what a probe changes in it.

@@ -297,16 +297,6 @@ def tiny_encoder():
     return Encoder(dim=32, depth=2, heads=2, tube=(2, 8, 8)).double()
 
 
-def grey_videos(folder, count, bad=()):
-    """Videos whose grey value is 20 times their number, the label; those in bad can't be read."""
-    for i in range(count):
-        path = folder / f"{i}.mp4"
-        data.write_video(path, torch.full((8, 32, 32, 3), 20 * i, dtype=torch.uint8))
-        if i in bad:
-            path.write_bytes(b"no video")
-    return Videos([str(folder / f"{i}.mp4") for i in range(count)], list(range(count)))
-
-
 def test_a_classifier_is_mean_then_norm_then_a_head_near_zero():
     """The encoder's last norm is left out; the head starts near 0."""
     video, encoder = torch.randn(2, 3, 4, 32, 32, dtype=torch.float64), tiny_encoder()
@@ -675,7 +665,7 @@ def test_prototypes_of_one_direction_have_one_colour():
 def test_painting_puts_each_tube_at_its_place(tmp_path, size):
     t, y, x = torch.meshgrid(*(torch.arange(float(n)) for n in (8, size, size)), indexing="ij")
     video = (8 * t + 2 * y + 0.5 * x).expand(1, 3, -1, -1, -1)
-    maps = pictures.slide(video, TUBE, lambda x: take_tubes(x, (4, 8, 8)).mean(dim=(3, 4, 5)))
+    maps = pictures.slide(video, TUBE, lambda x: sigma.take_tubes(x, (4, 8, 8)).mean(dim=(3, 4, 5)))
     film = pictures.paint(tmp_path / "a.png", video, maps)[:, 16:-16].float()
     error = (film[:, :, 16:112] - film[:, :, 144:240]).abs().mean(dim=(1, 2, 3))
     assert error[2:6].max() < 6 if size == 32 else error.max() < 20
