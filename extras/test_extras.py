@@ -665,7 +665,8 @@ def test_prototypes_of_one_direction_have_one_colour():
 def test_painting_puts_each_tube_at_its_place(tmp_path, size):
     t, y, x = torch.meshgrid(*(torch.arange(float(n)) for n in (8, size, size)), indexing="ij")
     video = (8 * t + 2 * y + 0.5 * x).expand(1, 3, -1, -1, -1)
-    maps = pictures.slide(video, TUBE, lambda x: sigma.take_tubes(x, (4, 8, 8)).mean(dim=(3, 4, 5)))
+    tube = (4, 8, 8)
+    maps = pictures.slide(video, tube, lambda x: sigma.take_tubes(x, tube).mean(dim=(3, 4, 5)))
     film = pictures.paint(tmp_path / "a.png", video, maps)[:, 16:-16].float()
     error = (film[:, :, 16:112] - film[:, :, 144:240]).abs().mean(dim=(1, 2, 3))
     assert error[2:6].max() < 6 if size == 32 else error.max() < 20
