@@ -455,9 +455,9 @@ def fit(args, model, optimizer, clips, loss_of, *, device, sizes, before=None, p
     if RANK == 0:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            (out / "skipped.txt").write_text("\n".join(clips.videos.skipped))
+            (out / "skipped.txt").write_text("".join(f"{line}\n" for line in clips.videos.skipped))
             with open(out / "log.jsonl", "a") as file:  # without the steps that come once more
-                file.truncate(before["log_size"] if before else 0)
+                file.truncate(min(before["log_size"], file.tell()) if before else 0)
         except OSError as error:
             raise UserError(f"--out {out} can't be used: {error}") from error
     if not before:
