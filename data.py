@@ -1,42 +1,40 @@
 """Videos in, uint8 clips with tube masks out: finding, decoding, cropping, loading; a toy set.
 
 What `--data` and `--root` may name:
-    a list         lines `path label` or `path`; the label is a whole number and the last field, so
-                   paths may hold spaces; relative paths start at the list's folder
-    a folder       DIR/train/<class>/*.mp4 and DIR/val/<class>/*.mp4, or DIR/<class>/*.mp4, or
-                   DIR/*.mp4 without labels, or lists DIR/train.csv and DIR/val.csv
-Images (.jpg, .png) are clips that stand still. The tables of Kinetics, Something-Something, UCF101
-and HMDB51 are turned into lists once, by extras/videos.py.
-
-Only the frames of a clip are decoded and converted, and a clip stays uint8 until it is on the
-training device. A video that can't be read is named and counted, and another takes its place.
+    a list      lines `path label` or `path`; the label is a whole number and the last field, so
+                paths may hold spaces; relative paths start at the list's folder
+    a folder    DIR/train/<class>/*.mp4 and DIR/val/<class>/*.mp4, or DIR/<class>/*.mp4, or
+                DIR/*.mp4 without labels, or lists DIR/train.csv and DIR/val.csv
+Images (.jpg, .png) are clips that stand still. extras/videos.py turns the tables of Kinetics,
+Something-Something, UCF101 and HMDB51 into lists. Only a clip's frames are decoded, and it stays
+uint8 until it is on the training device.
 """
 import ctypes
+import glob
 import itertools
 import math
 import multiprocessing
 import os
 import shutil
 import signal
-from bisect import bisect_right
-from dataclasses import dataclass, field
+from bisect import bisect_left, bisect_right
 from pathlib import Path
 
 import av
 import torch
 import torch.nn.functional as F
 from av.stream import Disposition
-from av.video.reformatter import VideoReformatter
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as transform
 from tqdm import tqdm
 
-from sigma import IMAGENET_MEAN, IMAGENET_STD, UserError, tube_mask
+from sigma import IMAGENET_MEAN, IMAGENET_STD, RunError, UserError, tube_mask
 
 av.logging.set_level(av.logging.FATAL)  # a damaged file is reported once, by us
 SUFFIXES = set(".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .ts .mts .wmv .flv .3gp .ogv".split())
 IMAGES = {".jpg", ".jpeg", ".png"}
-RETRIES = 10  # other videos that are tried in place of one that can't be read
+TABLES = ("*labels.json", "ucfTrainTestlist", "testTrainMulti*")  # of Something-Something, ...
+MAKE_LISTS = "turn it into lists first, see python extras/videos.py lists --help"
 
 
 class VideoError(Exception):
@@ -50,104 +48,69 @@ def seeded(*numbers):
 
 # --- Finding videos -------------------------------------------------------------------------------
 
-@dataclass
-class Videos:
-    """Paths, and a label for each (-1: none); names of the classes, if folders name them; what was
-    skipped, each with the reason."""
-    paths: list = field(default_factory=list)
-    labels: list = field(default_factory=list)
-    classes: list = field(default_factory=list)
-    skipped: list = field(default_factory=list)
+def find_videos(source, splits=("train", ""), classes=None):
+    """The videos of a list or folder (layouts: top of this file) as pairs (path, label), -1 for no
+    label; the names of its class folders; and what was skipped, each with the reason.
 
-    def take(self, indices):
-        """Those at the indices alone."""
-        return Videos([self.paths[i] for i in indices], [self.labels[i] for i in indices],
-                      self.classes, self.skipped)
-
-    def spread(self, most):
-        """At most so many, evenly from the whole list."""
-        return self.take(range(0, len(self.paths), math.ceil(len(self.paths) / most) or 1))
-
-
-def find_videos(source, splits=("train", ""), classes=None, required=True):
-    """The Videos of a list or folder (layouts: top of this file).
-
-    splits: names to look for in a folder, in turn; "" is the folder itself. classes: names that
-    number the class folders, those of the training videos; an unknown one stops. required: whether
-    finding none is an error. Raises UserError.
+    splits: names to look for in a folder, in turn; "" is the source itself. classes: those of the
+    training videos, which number class folders. Raises UserError if they don't know a folder, or
+    if there are no videos though the source itself was looked into.
     """
-    source, found = Path(source), Videos()
-    try:
-        if source.is_file() and "" in splits:
-            read_list(source, found)
-        for name in splits if source.is_dir() else ():
-            if name and (source / f"{name}.csv").is_file():
-                read_list(source / f"{name}.csv", found)
-            elif (source / name).is_dir() and not found.paths:
-                walk_folder(source / name, found, classes)
-            if found.paths:
-                break
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{source} can't be read: {error}") from error
-    if not found.paths and required:
-        what = f"no videos in {source}" if source.exists() else f"there is no {source}"
-        skipped = f", but {len(found.skipped)} skipped, first {found.skipped[:1]}"
-        raise UserError(f"{what}{skipped if found.skipped else ''}. Give class folders, a folder "
-                        "of videos, or a list with lines `path label`; a folder may also hold them "
-                        f"as {' or '.join(f'{name}, {name}.csv' for name in splits if name)}")
-    return found
+    skipped = []
+    for path in [Path(source, name) for split in splits for name in (f"{split}.csv", split)]:
+        if path.is_file():
+            videos, names = read_list(path, skipped), []
+        else:
+            videos, names = walk_folder(path, classes, skipped)
+        if videos:
+            return videos, names, skipped
+    if "" not in splits:
+        return [], [], skipped
+    what = f"no videos in {source}" if os.path.exists(source) else f"there is no {source}"
+    why = f", but {len(skipped)} skipped files or lines, first {skipped[0]}" if skipped else ""
+    raise UserError(f"{what}{why}. Give class folders, a folder of videos, a list with lines `path "
+                    "label`, or a folder that holds them as train or train.csv")
 
 
-def files_below(folder):
-    """All files below a folder, sorted; links are followed, names with a dot first left out."""
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if not entry.name.startswith("."):
-            yield from files_below(entry.path) if entry.is_dir() else [Path(entry.path)]
-
-
-def walk_folder(folder, found, classes=None):
-    """Adds the videos below a folder; its sub-folders are the classes, numbered by name."""
-    for pattern in ("*labels.json", "ucfTrainTestlist", "testTrainMulti*"):
-        if any(folder.glob(pattern)):
-            raise UserError(f"{folder} has tables of its own, {pattern}: turn them into lists, see "
-                            "python extras/videos.py lists --help")
-    files = list(files_below(folder))
-    kinds = SUFFIXES if any(path.suffix.lower() in SUFFIXES for path in files) else IMAGES
-    videos = [path for path in files if path.suffix.lower() in kinds and path.is_file()]
-    in_classes = [path for path in videos if path.parent != folder]
-    found.paths = [str(path) for path in in_classes or videos]
-    found.labels = [-1] * len(found.paths)
-    found.skipped += [f"{path}: not a video, by its name or place"
-                      for path in sorted(set(files) - set(in_classes or videos))]
-    if in_classes:
-        names = [path.relative_to(folder).parts[0] for path in in_classes]
-        found.classes = sorted(set(names)) if classes is None else classes
-        if unknown := sorted(set(names) - set(found.classes)):
-            raise UserError(f"{folder} has class folders that the training videos don't have: "
-                            f"{', '.join(unknown[:5])}")
-        number = {name: label for label, name in enumerate(found.classes)}
-        found.labels = [number[name] for name in names]
-
-
-def read_list(file, found):
-    """Adds the videos of a list; lines that name none are skipped, quoted with their number."""
-    lines = file.read_text(encoding="utf-8-sig").splitlines()
-    if lines and lines[0].startswith("label,youtube_id"):
-        raise UserError(f"{file} is a table of Kinetics: turn it into a list first, see python "
-                        "extras/videos.py lists --help")
-    for number, line in enumerate(map(str.strip, lines), start=1):
+def read_list(file, skipped):
+    """The videos of a list; lines that name none are skipped, quoted with their number."""
+    text, videos = file.read_text(encoding="utf-8-sig", errors="replace"), []
+    if text.startswith("label,youtube_id"):
+        raise UserError(f"{file} is a table of Kinetics: {MAKE_LISTS}")
+    for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
         path, label = line, "-1"
-        if len(line.split()) > 1 and not (file.parent / line).is_file():
+        if len(line.split()) > 1 and not os.path.isfile(file.parent / line):
             path, label = line.rsplit(maxsplit=1)
         path = file.parent / path
-        if path.suffix and not path.is_file():
+        if path.suffix and not os.path.isfile(path):
             path = path.with_suffix(".mp4")  # as extras/videos.py prepare names it
-        if path.is_file() and (label == "-1" or label.isdecimal()):
-            found.paths.append(str(path))
-            found.labels.append(int(label))
+        if os.path.isfile(path) and (label == "-1" or label.isdecimal()):
+            videos.append((str(path), int(label)))
         elif line:
-            reason = "the label is no number" if path.is_file() else "there is no such file"
-            found.skipped.append(f'{file}, line {number}, "{line[:200]}": {reason}')
+            reason = "the label is no number" if os.path.isfile(path) else "there is no such file"
+            skipped.append(f'{file}, line {number}, "{line[:200]}": {reason}')
+    return videos
+
+
+def walk_folder(folder, classes, skipped):
+    """The videos below a folder, and its classes: its sub-folders that hold some, by name."""
+    if any(any(folder.glob(pattern)) for pattern in TABLES):
+        raise UserError(f"{folder} has a table of its set: {MAKE_LISTS}")
+    files = sorted(glob.glob("**/*.*", root_dir=folder, recursive=True))  # links are followed
+    files = [folder / name for name in files if not os.path.isdir(folder / name)]
+    kinds = SUFFIXES if any(path.suffix.lower() in SUFFIXES for path in files) else IMAGES
+    videos = [path for path in files if path.suffix.lower() in kinds and path.is_file()]
+    videos = [path for path in videos if path.parent != folder] or videos
+    skipped += [f"{path}: not a video, by its name or place"
+                for path in sorted(set(files) - set(videos))]
+    if not videos or videos[0].parent == folder:
+        return [(str(path), -1) for path in videos], []
+    names = [path.relative_to(folder).parts[0] for path in videos]
+    classes = sorted(set(names)) if classes is None else classes
+    if unknown := set(names) - set(classes):
+        raise UserError(f"{folder} has class folders that the training videos don't have: "
+                        f"{', '.join(sorted(unknown)[:5])}")
+    return [(str(path), classes.index(name)) for path, name in zip(videos, names)], classes
 
 
 # --- Decoding -------------------------------------------------------------------------------------
@@ -165,56 +128,52 @@ def centre_frames(n, frames, stride, generator=None):
     return [min(start + stride * i, n - 1) for i in range(frames)]
 
 
-def decode(path, choose, indices=None, watch=None):
-    """The frames that choose(number of frames) -> ascending indices asks for: (n, 3, H, W) uint8.
+def decode(path, choose, clips=None, watch=None):
+    """The clips that choose(number of frames) asks for, lists of indices: (T, 3, H, W) uint8 each.
 
     Frame i is the last one shown by i / rate seconds after the first, which is the i-th if the rate
     is constant. Many files know only roughly how many frames they have: where one ends sooner, its
-    last frame is held. With indices, chosen before, it reads from the file's beginning.
+    last frame is held. clips: what choose gave, for a second try that reads all from the beginning.
     watch(frame, position) is called with each decoded frame, motion vectors included, and its place
     in frames from the first. Raises VideoError with the reason.
     """
     try:
         if Path(path).suffix.lower() in IMAGES:
             with open(path, "rb") as file, av.open(file) as container:  # a name may hold a %
-                image = to_rgb(next(container.decode(video_stream(container))))
-            return image.permute(2, 0, 1).expand(len(choose(1)), -1, -1, -1)
+                frame = next(container.decode(video_stream(container)))
+            return [to_rgb(frame).expand(len(clip), -1, -1, -1) for clip in choose(1)]
         with av.open(path, metadata_errors="replace") as container:  # closed whatever happens
             stream = video_stream(container)
             if watch:
                 stream.codec_context.options = {"flags2": "+export_mvs"}
             packets = (packet for packet in container.demux(stream) if packet.size)
-            first = next(packets, None)
-            if first is None or first.pts is None:
-                raise VideoError("it holds no frames with time stamps")
+            first, seek = next(packets), clips is None  # no clips yet: the first try
             # The first packet holds the first frame, unless an edit list cuts it off.
             origin, frames = first.pts, stream.frames
             if first.is_discard:
                 origin, frames = stream.start_time, 0
             step = 1 / (stream.average_rate * stream.time_base)  # from frame to frame, in ticks
-            seek = indices is None
             if seek:
                 length = stream.duration or (container.duration or 0) / (av.time_base
                                                                          * stream.time_base)
                 # Some webm files tell neither frames nor duration: count packets, undecoded.
-                indices = choose(frames or round(length / step) or 1 + sum(1 for _ in packets))
+                clips = choose(frames or round(length / step) or 1 + sum(1 for _ in packets))
+            indices = sorted({index for clip in clips for index in clip})
             # Time stamps are rounded to ticks: forgive one, but never as much as half a frame.
             times = [float(origin + index * step + min(1, step / 2)) for index in indices]
             if seek:
-                container.seek(int(times[0]), stream=stream)  # to the key frame before the clip
+                container.seek(int(times[0]), stream=stream)  # to the key frame before the clips
                 packets = (packet for packet in container.demux(stream) if packet.size)
                 first = next(packets, None)
                 at_key = first and first.is_keyframe and first.pts is not None
                 if not at_key or first.pts > times[0]:  # some formats seek elsewhere
-                    return decode(path, choose, indices, watch)
-            # A packet is never shown before its dts: stop reading behind the last wanted frame.
-            wanted = [first]
-            while packet := next(packets, None):
-                wanted.append(packet)
-                if packet.dts is not None and packet.dts > times[-1]:
-                    break
+                    return decode(path, choose, clips, watch)
+            # A packet is never shown before its dts: stop reading behind the last frame.
+            needed = [first, *itertools.takewhile(
+                lambda packet: packet.dts is None or packet.dts <= times[-1], packets)]
             see = watch and (lambda frame: watch(frame, float((frame.pts - origin) / step)))
-            return torch.stack(decode_packets(stream, wanted, times, see)).permute(0, 3, 1, 2)
+            images = dict(zip(indices, decode_packets(stream, needed, times, see)))
+            return [torch.stack([images[index] for index in clip]) for clip in clips]
     except (av.FFmpegError, OSError, ValueError, IndexError, ZeroDivisionError, TypeError,
             StopIteration) as error:
         reason = getattr(error, "strerror", None) or error or "it holds no frames"
@@ -232,19 +191,19 @@ def video_stream(container):
 
 
 def decode_packets(stream, packets, times, see=None):
-    """For each of the ascending times the last frame shown by then, (H, W, 3) uint8. see(frame) is
+    """For each of the ascending times the last frame shown by then, (3, H, W) uint8. see(frame) is
     called with each decoded frame."""
     shown = sorted(packet.pts for packet in packets if packet.pts is not None)
     wanted = {shown[max(bisect_right(shown, time) - 1, 0)] for time in times} if shown else {}
     # A frame that is neither wanted nor referred to needs no decoding. This takes packets that all
     # tell their time, and a decoder that minds the setting packet by packet (dav1d does not).
-    context, chosen, last = stream.codec_context, [], None
+    context, chosen = stream.codec_context, []
     complete = len(shown) == len(packets) and context.name in ("h264", "hevc")
-    unwanted = "NONREF" if complete else "DEFAULT"
 
     def frames():
         for packet in packets:
-            context.skip_frame = "DEFAULT" if packet.pts in wanted else unwanted
+            skip = complete and packet.pts not in wanted
+            context.skip_frame = "NONREF" if skip else "DEFAULT"
             yield from packet.decode()
         yield from context.decode(None)  # those that the decoder still holds back
 
@@ -253,33 +212,20 @@ def decode_packets(stream, packets, times, see=None):
             raise VideoError("it holds frames without time stamps")
         if see:
             see(frame)
-        while last is not None and len(chosen) < len(times) and frame.pts > times[len(chosen)]:
-            chosen.append(last)
-        if len(chosen) == len(times):
-            break
-        last = frame
-    if last is None:
+        later = bisect_left(times, frame.pts) if chosen else 0
+        chosen[later:] = [frame] * (len(times) - later)  # until a frame that is shown by then
+    if not chosen:
         raise VideoError("none of its frames can be decoded")
-    chosen += [last] * (len(times) - len(chosen))  # the video ends: its last frame is held
-    size = chosen[0].width, chosen[0].height
-    images = {frame.pts: to_rgb(frame, *size) for frame in chosen}  # convert each frame once
+    images = {frame.pts: to_rgb(frame, chosen[0]) for frame in chosen}  # convert each frame once
     return [images[frame.pts] for frame in chosen]
 
 
-reformatter = None
-
-
-def reformat(frame, width, height, pixel_format):
-    """A decoded frame in another size and pixel format, on one thread (default: all, each time)."""
-    global reformatter  # made in each worker: threads of its own would not survive a fork
-    reformatter = reformatter or VideoReformatter()
-    return reformatter.reformat(frame, width, height, pixel_format, threads=1)
-
-
-def to_rgb(frame, width=None, height=None):
-    """A decoded frame as (H, W, 3) uint8."""
-    frame = reformat(frame, width or frame.width, height or frame.height, "rgb24")
-    return torch.from_numpy(frame.to_ndarray())
+def to_rgb(frame, like=None):
+    """A decoded frame as (3, H, W) uint8, in the size of another one; on one thread (default: all,
+    for each frame anew)."""
+    like = like or frame
+    image = frame.to_ndarray(format="rgb24", width=like.width, height=like.height, threads=1)
+    return torch.from_numpy(image).permute(2, 0, 1)
 
 
 # --- Clips ----------------------------------------------------------------------------------------
@@ -306,46 +252,35 @@ def centre_crop(height, width, generator=None):
 
 def resize_crop(frames, box, size):
     """The box of each frame (T, 3, H, W), resized bilinearly: (3, T, size, size) uint8."""
-    if box != (0, 0, size, size) or frames.shape[-2:] != (size, size):
-        frames = transform.resized_crop(frames, *box, [size, size], antialias=True)
-    return frames.transpose(0, 1)
+    return transform.resized_crop(frames, *box, [size, size], antialias=True).transpose(0, 1)
 
 
 class Clips(Dataset):
     """A clip with its tube mask for each key (position, index): the same in any worker and rank.
 
-    Items are (video (R, 3, T, S, S) uint8, mask (R, N) bool, label, index, bad). bad: a pair (path,
-    reason) for each video that couldn't be read, in whose place another one came; after `tries` of
-    them the clip is black and its label -1. repeat: R, the clips from one pass over a video, each
+    Items are (video (R, 3, T, S, S) uint8, mask (R, N) bool, label, index, bad). bad: the reason by
+    path of each video that couldn't be read, in whose place another one came; after `tries` of them
+    the clip is black and its label -1. repeat: R, the clips from one pass over a video, each
     with its own place, crop and mask. cache: a dictionary that keeps decoded videos of small sets.
     """
 
     def __init__(self, videos, *, frames, stride, size, tube=(2, 16, 16), ratio=0.9, repeat=1,
-                 choose=pretraining_frames, crop=corner_crop, seed=0, cache=None, tries=RETRIES):
+                 choose=pretraining_frames, crop=corner_crop, seed=0, cache=None, tries=10):
         self.videos, self.frames, self.stride, self.size = videos, frames, stride, size
         self.ratio, self.repeat, self.choose, self.crop = ratio, repeat, choose, crop
         self.grid = (frames // tube[0], size // tube[1], size // tube[2])
         self.seed, self.cache, self.tries = seed, cache, tries
 
     def __len__(self):
-        return len(self.videos.paths)
+        return len(self.videos)
 
     def frames_of(self, path, choose, watch=None):
-        """The frames (T, 3, H, W) of each list of indices in choose(number of frames)."""
-        if self.cache is not None:
-            if path not in self.cache:
-                self.cache[path] = decode(path, range, watch=watch)
-            frames = self.cache[path]
-            return [frames[clip] for clip in choose(len(frames))]
-        clips = []
-
-        def union(n):
-            clips.extend(choose(n))
-            return sorted(set().union(*clips))
-
-        frames = decode(path, union, watch=watch)
-        place = {index: i for i, index in enumerate(sorted(set().union(*clips)))}
-        return [frames[[place[index] for index in clip]] for clip in clips]
+        """The clips (T, 3, H, W) of a video that choose(number of frames) asks for."""
+        if self.cache is None:
+            return decode(path, choose, watch=watch)
+        if path not in self.cache:
+            self.cache[path], = decode(path, lambda n: [range(n)], watch=watch)
+        return [self.cache[path][clip] for clip in choose(len(self.cache[path]))]
 
     def read(self, path, generator):
         """Clips (R, 3, T, S, S) and masks (R, N) from one pass over a video. Raises VideoError."""
@@ -357,51 +292,48 @@ class Clips(Dataset):
 
     def __getitem__(self, key):
         position, index = key
-        generator, bad = seeded(self.seed, position, index), []
-        while len(bad) < self.tries:
-            path = self.videos.paths[index]
+        generator, bad = seeded(self.seed, position, index), {}
+        for _ in range(self.tries):
+            path, label = self.videos[index]
             try:
-                return *self.read(path, generator), self.videos.labels[index], index, bad
+                return *self.read(path, generator), label, index, bad
             except VideoError as error:
-                bad.append((path, str(error)))
-                if self.tries > 1:
-                    index = int(torch.randint(len(self), (1,), generator=generator))
+                bad[path] = str(error)
+                index = int(torch.randint(len(self), (1,), generator=generator))
         black = torch.zeros(self.repeat, 3, self.frames, self.size, self.size, dtype=torch.uint8)
-        return black, tube_mask(self.repeat, self.grid, self.ratio, generator), -1, index, bad
+        return black, tube_mask(self.repeat, self.grid, self.ratio, generator), -1, key[1], bad
 
 
-class EndlessSampler(Sampler):
+def endless_order(n, batch, rank=0, world=1, seed=0, start=0):
     """Keys (position, video) for ever: all n videos in a new order, then again in another one.
 
     All ranks together count positions from `start` on, `batch` in turn for each of `world` ranks.
     So what a step sees depends on how far the run is, not on how many processes share it.
     """
-
-    def __init__(self, n, batch, rank=0, world=1, seed=0, start=0):
-        self.n, self.batch, self.rank, self.world = n, batch, rank, world
-        self.seed, self.start = seed, start
-
-    def __iter__(self):
-        passed, order = -1, []
-        for base in itertools.count(self.start + self.rank * self.batch, self.world * self.batch):
-            for position in range(base, base + self.batch):
-                if position // self.n != passed:
-                    passed = position // self.n
-                    order = torch.randperm(self.n, generator=seeded(self.seed, passed)).tolist()
-                yield position, order[position % self.n]
+    for position in itertools.count(start):
+        if position == start or position % n == 0:  # a new pass
+            order = torch.randperm(n, generator=seeded(seed, position // n)).tolist()
+        if (position - start) // batch % world == rank:
+            yield position, order[position % n]
 
 
 def collate(samples):
-    """A batch: video (B, 3, T, S, S), mask (B, N), labels and indices of videos, lists of bad."""
+    """A batch: video (B, 3, T, S, S), mask (B, N), labels and indices of videos, all bad ones."""
     video, mask, label, index, bad = zip(*samples)
+    bad = {path: reason for part in bad for path, reason in part.items()}
     return torch.cat(video), torch.cat(mask), torch.tensor(label), torch.tensor(index), bad
+
+
+def on_signals(handler):
+    """Sets what the signals do that stop a run: SIGTERM, SIGUSR1 and Ctrl-C."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, handler)
 
 
 def start_worker(worker):
     """Signals to stop go to a whole group of processes, but workers must live until the training
     process has saved; and they must not outlive it."""
-    for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(name, signal.SIG_IGN)
+    on_signals(signal.SIG_IGN)
     libc = ctypes.CDLL(None)
     if hasattr(libc, "prctl"):
         libc.prctl(1, signal.SIGKILL)  # Linux's PR_SET_PDEATHSIG: killed when the parent ends
@@ -414,18 +346,29 @@ def kill_workers():
         worker.kill()
 
 
-def loader(clips, batch, sampler, workers, device="cpu"):
-    """A DataLoader of batches as collate makes them."""
-    return DataLoader(clips, batch, sampler=sampler, num_workers=workers, collate_fn=collate,
-                      worker_init_fn=start_worker, pin_memory=torch.device(device).type == "cuda")
-
-
 def open_videos():
     """The videos that loader workers have open at the moment, where /proc tells (Linux)."""
     links = [link for worker in multiprocessing.active_children()
              for link in Path(f"/proc/{worker.pid}/fd").glob("*")]
     files = {os.path.realpath(link) for link in links}
     return sorted(file for file in files if Path(file).suffix.lower() in SUFFIXES)
+
+
+def loader(clips, batch, keys, workers, timeout=300):
+    """Yields batches, as collate makes them, of the clips that the keys name. Raises RunError if
+    the next one takes longer than timeout seconds."""
+    def give_up(number, frame):
+        raise RunError(f"the loader gave no batch in {timeout} s, is a disk stalled? Its workers "
+                       f"have open: {', '.join(open_videos()) or 'no video, or not known'}")
+
+    signal.signal(signal.SIGALRM, give_up)  # PyTorch's own limit waits for a stopped worker
+    signal.alarm(timeout)
+    for samples in DataLoader(clips, batch, sampler=keys, num_workers=workers, collate_fn=collate,
+                              worker_init_fn=start_worker, pin_memory=torch.cuda.is_available()):
+        signal.alarm(0)
+        yield samples
+        signal.alarm(timeout)
+    signal.alarm(0)
 
 
 def in_parallel(work, items, workers, title, unit=" videos"):
@@ -451,38 +394,34 @@ TOY_CLASSES = ("0_right", "1_down_right", "2_down", "3_down_left", "4_left", "5_
 TOY_FRAMES, TOY_SIZE, TOY_TRAIN, TOY_VAL = 8, 32, 8192, 1600
 
 
-def toy_clips(labels, generator):
-    """Clips (n, TOY_FRAMES, TOY_SIZE, TOY_SIZE, 3) uint8 of a shape that drifts in one of eight
-    directions, labels (n,).
+def toy_clip(label, generator):
+    """A clip (TOY_FRAMES, TOY_SIZE, TOY_SIZE, 3) uint8 of a shape drifting at 45 degrees x label.
 
     A lobed, striped shape of random looks on a smooth background, on a plane whose opposite edges
     are joined: no single frame tells the class. No pixel noise, since nothing could predict it.
     """
-    n, size = len(labels), TOY_SIZE
-
     def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(n, *shape or (1, 1, 1), generator=generator)
+        return low + (high - low) * torch.rand(shape, generator=generator)
 
-    background = F.interpolate(uniform(0, 1, 3, 2, 2), (size, size), mode="bilinear",
-                               align_corners=True)
-    direction = labels.view(-1, 1, 1, 1) * math.pi / 4
-    travelled = uniform(1.5, 3) * torch.arange(TOY_FRAMES)[:, None, None]  # pixels
+    size, turn = TOY_SIZE, 2 * math.pi
+    travelled = uniform(2, 3.5) * torch.arange(TOY_FRAMES)[:, None, None]  # pixels
     pixel = torch.arange(size) + 0.5
-    x = pixel - uniform(0, size) - travelled * direction.cos()  # from the shape's centre: n T 1 S
-    y = pixel[:, None] - uniform(0, size) - travelled * direction.sin()  # n T S 1
+    x = pixel - uniform(0, size) - travelled * math.cos(label * turn / 8)  # from the shape's centre
+    y = pixel[:, None] - uniform(0, size) - travelled * math.sin(label * turn / 8)  # T S 1
     x, y = ((distance + size / 2) % size - size / 2 for distance in (x, y))  # the joined edges
-    radius, angle = uniform(math.log(7), math.log(18)).exp(), uniform(0, 2 * math.pi)
-    along = (x * angle.cos() + y * angle.sin()) / radius  # in the shape's own coordinates: n T S S
+    radius, angle = uniform(math.log(7), math.log(18)).exp(), uniform(0, turn)
+    along = (x * angle.cos() + y * angle.sin()) / radius  # in the shape's own coordinates: T S S
     across = (y * angle.cos() - x * angle.sin()) / radius
-    lobes, depth = torch.randint(2, 6, (n, 1, 1, 1), generator=generator), uniform(0.15, 0.35)
+    lobes, depth = torch.randint(2, 6, (), generator=generator), uniform(0.15, 0.35)
     outline = 1 - depth + depth * torch.cos(lobes * torch.atan2(across, along))
     inside = ((outline - along.hypot(across)) * radius + 0.5).clamp(0, 1)  # edge: one pixel wide
-    turn = uniform(0, math.pi)
-    stripes = torch.sin(uniform(2, 4) * (along * turn.cos() + across * turn.sin())
-                        + uniform(0, 2 * math.pi))
-    texture = uniform(0, 1, 3, 1, 1, 1) + uniform(-0.5, 0.5, 3, 1, 1, 1) * stripes[:, None]
-    clip = background[:, :, None].lerp(texture.clamp(0, 1), inside[:, None])  # n 3 T S S
-    return (clip * 255).round().byte().permute(0, 2, 3, 4, 1)
+    angle = uniform(0, turn)
+    stripes = torch.sin(uniform(2, 4) * (along * angle.cos() + across * angle.sin())
+                        + uniform(0, turn))
+    texture = uniform(0, 1, 3) + uniform(-0.5, 0.5, 3) * stripes[..., None]  # T S S 3
+    background = F.interpolate(uniform(0, 1, 1, 3, 2, 2), (size, size), mode="bilinear",
+                               align_corners=True)[0].permute(1, 2, 0)  # S S 3
+    return (background.lerp(texture.clamp(0, 1), inside[..., None]) * 255).round().byte()
 
 
 def write_video(path, frames, rate=8):
@@ -498,14 +437,12 @@ def write_video(path, frames, rate=8):
 
 
 def render(job):
-    """Writes toy clips first, first + 1, ... of a split into its class folders."""
-    folder, first, number, seed = job
-    labels = torch.arange(first, first + number) % len(TOY_CLASSES)
-    for i, (label, clip) in enumerate(zip(labels, toy_clips(labels, seeded(seed, first))), first):
-        write_video(folder / TOY_CLASSES[label] / f"{i:05}.mp4", clip)
+    """Writes a toy clip to path, of a class and from a seed: job = (path, label, seed)."""
+    path, label, seed = job
+    write_video(path, toy_clip(label, seeded(seed)))
 
 
-def make_toy(root, seed=0, train=TOY_TRAIN, val=TOY_VAL):
+def make_toy(root, train=TOY_TRAIN, val=TOY_VAL):
     """Renders the toy set into root/{train,val}/<class>/*.mp4 on all cores, unless it is there.
 
     It works in a folder of another name until all is written: root is complete or not there.
@@ -514,12 +451,11 @@ def make_toy(root, seed=0, train=TOY_TRAIN, val=TOY_VAL):
     if root.is_dir():
         return
     draft, jobs = root.with_name(f"{root.name}.unfinished-{os.getpid()}"), []
-    for split, number in (("train", train), ("val", val)):
-        for name in TOY_CLASSES:
+    for split, numbers in (("train", range(train)), ("val", range(TOY_TRAIN, TOY_TRAIN + val))):
+        for label, name in enumerate(TOY_CLASSES):
             (draft / split / name).mkdir(parents=True)
-        jobs += [(draft / split, i, min(64, number - i), 2 * seed + (split == "val"))
-                 for i in range(0, number, 64)]
-    for _ in in_parallel(render, jobs, os.cpu_count(), "rendering the toy set", " x 64 clips"):
+            jobs += [(draft / split / name / f"{i:05}.mp4", label, i) for i in numbers[label::8]]
+    for _ in in_parallel(render, jobs, os.cpu_count(), "rendering the toy set"):
         pass
     try:
         draft.rename(root)

@@ -16,6 +16,7 @@ Shapes   B clips of 3 x T x H x W pixels   N tubes of a clip = V visible + M hid
 import argparse
 import math
 import re
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -23,7 +24,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -31,6 +31,26 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class UserError(Exception):
     """A user's error: scripts show its sentence, without a traceback, and exit with this code."""
     code = 2
+
+
+class RunError(UserError):
+    """A run that can't go on; its message says why and what is left."""
+    code = 1
+
+
+def fill(model, weights, source):
+    """Loads weights into a model and returns it. Raises UserError with what differs, if any."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # names that are missing, left over, or of another shape
+        differ = " ".join(str(error).split()[6:])[:2000]
+        raise UserError(f"the weights in {source} don't fit: {differ}") from error
+    return model
+
+
+def depth_of(weights, prefix):
+    """How many blocks a network with these weights has at the prefix."""
+    return len({n[len(prefix) + 1:].split(".")[0] for n in weights if n.startswith(prefix + ".")})
 
 
 # --- Tubes: a clip in pieces of 2 frames x 16 x 16 pixels, their positions, which are hidden ------
@@ -74,17 +94,15 @@ def split_mask(mask, device=None):
 
 
 def take_tubes(video, tube, index=None):
-    """Video (B, 3, T, H, W) -> its tubes of size tube = (p, q, r) at index (B, n), or all of them:
+    """Video (B, 3, T, H, W) -> its tubes of size tube = (p, q, r), those at index (B, n) or all N:
     (B, n, 3, p, q, r)."""
     if any(size % step for size, step in zip(video.shape[2:], tube)):
         raise ValueError(f"clips of {tuple(video.shape[2:])} frames, rows and columns can't be cut "
                          f"into tubes of {tuple(tube)}")
     p, q, r = tube
-    grid = rearrange(video, "b c (t p) (h q) (w r) -> b t h w c p q r", p=p, q=q, r=r)  # a view
-    if index is None:
-        return grid.flatten(1, 3)  # B N 3 p q r
-    (h, w), clip = grid.shape[2:4], torch.arange(len(video), device=video.device)[:, None]
-    return grid[clip, index // (h * w), index // w % h, index % w]  # B n 3 p q r
+    tubes = rearrange(video, "b c (t p) (h q) (w r) -> b (t h w) c p q r", p=p, q=q, r=r)
+    clip = torch.arange(len(video), device=video.device)[:, None]  # B 1
+    return tubes if index is None else tubes[clip, index]
 
 
 def standardise(x, dim):
@@ -118,18 +136,6 @@ class Attention(nn.Module):
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))  # B n D
 
 
-class MLP(nn.Module):
-    """Two linear layers with a GELU between; the hidden one is four times as wide."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
@@ -138,19 +144,12 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MLP(dim)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(dim, 4 * dim), gelu=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
 
     def forward(self, x):
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
-
-
-def run_blocks(blocks, x, recompute):
-    """Tokens (B, n, D) through the blocks. recompute: for the backward pass activations are
-    computed again instead of kept, a third more arithmetic for the memory of one block."""
-    for block in blocks:
-        x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
-    return x
 
 
 def init_linear(layer):
@@ -177,9 +176,9 @@ class Encoder(nn.Module):
 
     def __init__(self, *, dim, depth, heads, tube=(2, 16, 16)):
         super().__init__()
-        self.dim, self.tube, self.recompute = dim, tuple(tube), False
+        self.dim, self.tube = dim, tuple(tube)
         self.patch_embed = TubeEmbedding(dim, self.tube)
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_linear)
 
@@ -188,11 +187,11 @@ class Encoder(nn.Module):
 
         Returns tokens in (t h w) order, of all tubes (B, N, D) or of the visible ones (B, V, D).
         """
-        n = math.prod(video.shape[2:]) // math.prod(self.tube)
-        place = positions(n, self.dim, video.device)  # N D
         tokens = self.patch_embed(take_tubes(video, self.tube, visible))
-        tokens = tokens + (place if visible is None else place[visible])
-        return self.norm(run_blocks(self.blocks, tokens, self.recompute))
+        n = math.prod(video.shape[2:]) // math.prod(self.tube)
+        position = positions(n, self.dim, video.device)  # N D
+        position = position if visible is None else position[visible]
+        return self.norm(self.blocks(tokens + position))
 
 
 class Decoder(nn.Module):
@@ -200,14 +199,14 @@ class Decoder(nn.Module):
 
     def __init__(self, *, dim, depth, heads, out):
         super().__init__()
-        self.dim, self.recompute = dim, False
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.dim = dim
+        self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, out)
         self.apply(init_linear)
 
     def forward(self, x, hidden):
-        return self.head(self.norm(run_blocks(self.blocks, x, self.recompute)[:, -hidden:]))
+        return self.head(self.norm(self.blocks(x)[:, -hidden:]))
 
 
 # --- The projection network: an MLP on pixels (SIGMA-MLP), or a frozen image ViT (SIGMA-DINO) -----
@@ -239,37 +238,36 @@ class Teacher(nn.Module):
     def __init__(self, weights, tube=(2, 16, 16)):
         super().__init__()
         weights = {n: w for n, w in weights.items() if not n.startswith("head.")}  # of its training
-        place, token = weights.pop("pos_embed"), weights.pop("cls_token")
-        embedding = weights["patch_embed.proj.weight"][:, :, None]  # E 3 1 patch patch
-        weights["patch_embed.proj.weight"] = embedding
-        self.tube, self.dim, self.patch = tuple(tube), len(embedding), embedding.shape[-1]
+        position, token = weights.pop("pos_embed"), weights.pop("cls_token")
+        weights["patch_embed.proj.weight"] = weights["patch_embed.proj.weight"][:, :, None]
+        dim, _, *patch = weights["patch_embed.proj.weight"].shape  # E 3 1 patch patch
         for name in [name for name in weights if name.endswith("qkv.bias")]:
             query, _, value = weights.pop(name).chunk(3)  # a bias of keys cancels in the softmax
             weights |= {name.replace("qkv.", "q_"): query, name.replace("qkv.", "v_"): value}
-        vit = Encoder(dim=self.dim, depth=count_parts(weights, "blocks"), heads=self.dim // 64,
-                      tube=(1, self.patch, self.patch))
+        vit = Encoder(dim=dim, depth=depth_of(weights, "blocks"), heads=dim // 64, tube=patch)
         self.vit = fill(vit, weights, "the teacher's file").requires_grad_(False)
-        self.register_buffer("token", token + place[:, :1])  # 1 1 E
-        self.register_buffer("place", rearrange(  # 1 E side side
-            place[:, 1:], "1 (h w) e -> 1 e h w", h=math.isqrt(place.shape[1])))
+        self.tube, self.dim = tuple(tube), dim
+        self.register_buffer("token", token + position[:, :1])  # 1 1 E
+        self.register_buffer("position", rearrange(  # 1 E side side
+            position[:, 1:], "1 (h w) e -> 1 e h w", h=math.isqrt(position.shape[1])))
 
     @torch.no_grad()
     def forward(self, video):
         """video (B, 3, T, H, W), normalised -> its patch tokens (B, N, E), in (t h w) order."""
-        frames = video[:, :, ::self.tube[0]].float()  # B 3 t H W
+        frames, patch = video[:, :, ::self.tube[0]].float(), self.vit.tube[1:]  # B 3 t H W
         h, w = (size // step for size, step in zip(video.shape[3:], self.tube[1:]))
-        if self.tube[1:] != (self.patch, self.patch):
-            size = (frames.shape[2], h * self.patch, w * self.patch)
-            frames = F.interpolate(frames, size, mode="trilinear")  # t stays: bilinear in space
-        place, side = self.place, self.place.shape[-1]
+        if self.tube[1:] != patch:  # t stays: bilinear in space
+            size = (frames.shape[2], h * patch[0], w * patch[1])
+            frames = F.interpolate(frames, size, mode="trilinear")
+        position, side = self.position, self.position.shape[-1]
         if (h, w) != (side, side):  # as DINO does it, 0.1 included
             scale = ((h + 0.1) / side, (w + 0.1) / side)
-            place = F.interpolate(place, scale_factor=scale, mode="bicubic")
+            position = F.interpolate(position, scale_factor=scale, mode="bicubic")
         with torch.autocast(video.device.type, enabled=False):  # lower precision is untested
             x = self.vit.patch_embed(take_tubes(frames, self.vit.tube))  # B N E
-            x = rearrange(x, "b (t n) e -> (b t) n e", n=h * w) + place.flatten(2).mT
+            x = rearrange(x, "b (t n) e -> (b t) n e", n=h * w) + position.flatten(2).mT
             x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1)
-            x = self.vit.norm(run_blocks(self.vit.blocks, x, False))[:, 1:]  # no class token
+            x = self.vit.norm(self.vit.blocks(x))[:, 1:]  # no class token
         return rearrange(x, "(b t) n e -> b (t n) e", b=len(video))
 
 
@@ -330,7 +328,7 @@ def usage(assignment, k):
     """How many of k prototypes an assignment (N,) uses, and the entropy of their use (<= ln k)."""
     one = torch.full_like(assignment, 1 / len(assignment), dtype=torch.float32)
     share = one.new_zeros(k).index_add_(0, assignment, one)
-    return (share > 0).sum(), -torch.special.xlogy(share, share).sum()
+    return (share > 0).sum(), torch.special.entr(share).sum()
 
 
 # --- SIGMA ----------------------------------------------------------------------------------------
@@ -362,9 +360,6 @@ class SIGMA(nn.Module):
             self.projector = projector(pixels, target_dim, projector_widths)
         if target != "pixel":
             self.prototypes = nn.Parameter(torch.randn(prototypes, target_dim))
-        for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
-            values = torch.tensor(values)[:, None, None, None]
-            self.register_buffer(name, values, persistent=False)
 
     def forward(self, video, mask, features=None):
         """One pretraining step's loss.
@@ -374,10 +369,9 @@ class SIGMA(nn.Module):
         Returns the loss and a dictionary of detached statistics; means over ranks are those of the
         whole batch, but prototypes_used and the entropies count this rank's tubes.
         """
-        n = math.prod(video.shape[2:]) // math.prod(self.encoder.tube)
-        if mask.shape != (len(video), n):
-            raise ValueError(f"these clips need a mask of shape {(len(video), n)}, "
-                             f"not {tuple(mask.shape)}")
+        shape = len(video), math.prod(video.shape[2:]) // math.prod(self.encoder.tube)
+        if mask.shape != shape:
+            raise ValueError(f"these clips need a mask of shape {shape}, not {tuple(mask.shape)}")
         visible, hidden = split_mask(mask, video.device)  # 1. hide most of the tubes: B V, B M
         predicted = self.predict(video, visible, hidden)  # 2. the video model's guess: B M E
         target = self.embed(video, hidden, features)  # 3. the projection network: B M E
@@ -385,22 +379,23 @@ class SIGMA(nn.Module):
             loss = F.mse_loss(at_least_fp32(predicted), target)
             return loss, {"pixel_term": loss.detach()}
         scores = self.compare(predicted, target)  # 4. cosines to the prototypes: two of (B*M K)
-        assignments = [soft.argmax(dim=1) for soft in  # 5. balanced assignments: two of (B*M)
-                       sinkhorn(scores, self.eps, self.iters)]
-        loss, stats = symmetric_loss(*scores, *assignments, self.temperature)  # 6. swap, predict
-        k = len(self.prototypes)
-        used, entropy = usage(assignments[0], k)
-        return loss, stats | {
-            "log_k": torch.full_like(entropy, math.log(k)), "prototypes_used": used,
-            "entropy": entropy, "target_entropy": usage(assignments[1], k)[1],
-            "video_assignment": assignments[0], "target_assignment": assignments[1]}
+        video_assignment, target_assignment = (  # 5. balanced assignments: two of (B*M)
+            soft.argmax(dim=1) for soft in sinkhorn(scores, self.eps, self.iters))
+        loss, stats = symmetric_loss(  # 6. each branch predicts the other's
+            *scores, video_assignment, target_assignment, self.temperature)
+        used, entropy = usage(video_assignment, len(self.prototypes))
+        _, target_entropy = usage(target_assignment, len(self.prototypes))
+        return loss, stats | dict(
+            video_assignment=video_assignment, target_assignment=target_assignment, entropy=entropy,
+            target_entropy=target_entropy, prototypes_used=used,
+            log_k=torch.full_like(entropy, math.log(len(self.prototypes))))
 
     def predict(self, video, visible, hidden):
         """The video model: features of the hidden tubes from the visible ones, (B, M, E)."""
         tokens = self.encoder_to_decoder(self.encoder(video, visible))  # B V D'
         n = visible.shape[1] + hidden.shape[1]
-        place = positions(n, self.decoder.dim, video.device)  # N D'
-        tokens = torch.cat([tokens + place[visible], self.mask_token + place[hidden]], dim=1)
+        position = positions(n, self.decoder.dim, video.device)  # N D'
+        tokens = torch.cat([tokens + position[visible], self.mask_token + position[hidden]], dim=1)
         return self.decoder(tokens, hidden.shape[1])  # B N D' -> B M E
 
     def embed(self, video, hidden, features=None):
@@ -412,9 +407,9 @@ class SIGMA(nn.Module):
                 raise ValueError(f"target {self.target} needs a Teacher's features, shape {shape}")
             features = standardise(at_least_fp32(features.detach()), dim=1)  # over a clip's tubes
             return features.take_along_dim(hidden[..., None], dim=1)  # B M E
-        tubes = take_tubes(video, self.encoder.tube, hidden)  # B M 3 p q r
-        pixels = at_least_fp32(tubes) * self.std + self.mean  # RGB in [0, 1]
-        pixels = rearrange(pixels, "b m c p q r -> b m (p q r) c")
+        tubes = at_least_fp32(take_tubes(video, self.encoder.tube, hidden))  # B M 3 p q r
+        pixels = torch.stack([channel * std + mean for channel, mean, std in zip(  # RGB in [0, 1]
+            tubes.flatten(3).unbind(2), IMAGENET_MEAN, IMAGENET_STD)], dim=3)  # B M pqr 3
         pixels = standardise(pixels, dim=2).flatten(2)  # per tube and channel: B M P
         return pixels if self.target == "pixel" else self.projector(pixels)
 
@@ -456,70 +451,52 @@ def build_model(size="base", **changes):
 
 # --- Checkpoints: ours, and the published pretraining ones ----------------------------------------
 
-def read_checkpoint(path, holds="encoder.patch_embed.proj.weight"):
+def read_checkpoint(path, must_have="encoder.patch_embed.proj.weight"):
     """A checkpoint (a file, or a run's folder) as a dictionary; "model" has the weights by name.
 
     Takes the names of this code, the authors' and VideoMAE's; extras/weights.py converts others.
-    holds: a name that it must have. Runs no code from the file. Raises UserError.
+    must_have: the name of a weight. Runs no code from the file. Raises UserError.
     """
     path = Path(path, "last.pt") if Path(path).is_dir() else Path(path)
-    others = [str(p) for p in sorted(path.parent.glob("*.pt")) if p != path]
-    others = f"; beside it there is {', '.join(others)}" if others else ""
+    others = ", ".join(str(p) for p in sorted(path.parent.glob("*.pt")) if p != path)
+    beside = f"; beside it there is {others}" if others else ""
     if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}{others}")
+        raise UserError(f"there is no checkpoint {path}{beside}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # older files keep flags in it
             content = torch.load(path, map_location="cpu", weights_only=True)
         content = content if "model" in content else {"model": content.get("module", content)}
-        weights = {name.removeprefix("module."): w for name, w in content["model"].items()}  # DDP's
-        weights = {re.sub(r"^head\.(?=\d)", "projector.", n): w for n, w in weights.items()}
-        lacking = holds not in {name for name, w in weights.items() if w.ndim}
+        weights = {re.sub(r"^head\.(?=\d)", "projector.", name.removeprefix("module.")): weight
+                   for name, weight in content["model"].items()}
     except Exception as error:  # whatever a damaged or foreign file brings about
-        asks = re.search(r"GLOBAL \S+", str(error))  # for code
-        reason = asks[0] if asks else str(error).partition("\n")[0][:200]
-        raise UserError(f"{path} can't be read as a checkpoint ({reason}){others}") from error
-    if lacking:
-        raise UserError(f"{path} holds another network, without {holds}; extras/weights.py can "
+        reason = re.search(r"GLOBAL \S+", str(error)) or [error]  # GLOBAL: code that it would run
+        raise UserError(f"{path} can't be read as a checkpoint ({reason[0]}){beside}") from error
+    if not isinstance(weights.get(must_have), torch.Tensor):
+        raise UserError(f"{path} holds another network, without {must_have}; extras/weights.py can "
                         "convert fine-tuned and Hugging Face checkpoints")
     return content | {"model": weights}
 
 
-def fill(model, weights, source):
-    """Loads weights into a model and returns it. Raises UserError with what differs, if any."""
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:  # names that are missing, left over, or of another shape
-        lines = [line.strip() for line in str(error).splitlines()[1:]]
-        raise UserError(f"the weights in {source} don't fit: {' '.join(lines)[:2000]}") from error
-    return model
-
-
-def count_parts(weights, prefix):
-    """How many numbered parts, such as blocks, a network with these weights has at the prefix."""
-    return len({n[len(prefix) + 1:].split(".")[0] for n in weights if n.startswith(prefix + ".")})
-
-
 def sizes_of(weights):
-    """Keyword arguments of SIGMA, or of Encoder alone, that fit the weights.
+    """Keyword arguments of SIGMA that fit published weights, or of Encoder if they hold that alone.
 
-    Shapes tell all but the number of heads, which is that of the network in SIZES as wide, or None.
-    Raises KeyError with the name of a part that is missing.
+    Shapes tell all but the heads: those of the network in SIZES that is as wide, or None.
     """
     dim, _, *tube = weights["encoder.patch_embed.proj.weight"].shape
     row = next((row for row in SIZES.values() if row["dim"] == dim), {})
-    sizes = dict(dim=dim, depth=count_parts(weights, "encoder.blocks"), heads=row.get("heads"),
+    sizes = dict(dim=dim, depth=depth_of(weights, "encoder.blocks"), heads=row.get("heads"),
                  tube=tuple(tube))
-    if not {"prototypes", "mask_token", "decoder.norm.weight"} & weights.keys():
-        return sizes  # an encoder, perhaps with a classifier
-    out, width = weights["decoder.head.weight"].shape
-    sizes |= dict(decoder_dim=width, decoder_depth=count_parts(weights, "decoder.blocks"),
-                  decoder_heads=row.get("decoder_heads"), target="pixel")
+    if "mask_token" not in weights:
+        return sizes
+    sizes |= dict(decoder_dim=weights["mask_token"].shape[2], target="pixel",
+                  decoder_depth=depth_of(weights, "decoder.blocks"),
+                  decoder_heads=row.get("decoder_heads"))
     if "prototypes" in weights:
-        widths = [len(weights[f"projector.{2 * i}.bias"])
-                  for i in range(count_parts(weights, "projector"))]
-        dino = "dino-s" if out == DINO["dino-s"][0] else "dino"
-        sizes |= dict(target="mlp" if widths else dino, target_dim=out,
-                      prototypes=len(weights["prototypes"]), projector_widths=widths[:-1])
+        number, width = weights["prototypes"].shape
+        widths = [len(w) for name, w in weights.items() if re.match(r"projector\.\d+\.bias", name)]
+        dino = "dino-s" if width == DINO["dino-s"][0] else "dino"
+        sizes |= dict(target="mlp" if widths else dino, target_dim=width, prototypes=number,
+                      projector_widths=widths[:-1])
     return sizes
 
 
@@ -527,54 +504,43 @@ def load_model(path, **changes):
     """The SIGMA of a pretraining checkpoint, ours, the authors' or VideoMAE's; of a fine-tuned one
     a module with its `encoder` alone. model.encoder(video) gives tokens for clips of any size.
 
-    All weights are loaded; sizes are read off the file. changes: sizes that it can't tell, heads
-    and decoder_heads of networks as wide as none in SIZES. Raises UserError.
+    All weights are loaded, or UserError says what differs. changes: sizes that the file can't tell,
+    such as heads and decoder_heads of a network that is as wide as none in SIZES.
     """
     content = read_checkpoint(path)
     weights = content["model"]
-    try:
-        sizes = (content.get("sizes") or sizes_of(weights)) | changes
-    except KeyError as error:
-        raise UserError(f"{path} is incomplete: it lacks {error}") from error
-    for part in ("", "decoder_"):
-        heads = sizes.get(f"{part}heads")
-        if f"{part}dim" in sizes and (not heads or sizes[f"{part}dim"] % heads):
-            raise UserError(f"{path} does not tell how many {part}heads it has: give {part}heads=")
+    sizes = (content.get("sizes") or sizes_of(weights)) | changes
+    for heads, dim in (("heads", "dim"), ("decoder_heads", "decoder_dim")):
+        if dim in sizes and (not sizes[heads] or sizes[dim] % sizes[heads]):
+            raise UserError(f"{path} does not tell how many {heads} it has: give {heads}=")
     if "decoder_dim" in sizes:
-        model = SIGMA(**sizes)
-    else:
-        sizes = {name: sizes[name] for name in ("dim", "depth", "heads", "tube")}
-        model = nn.ModuleDict({"encoder": Encoder(**sizes)})
-        weights = {name: w for name, w in weights.items() if name.startswith("encoder.")}
-    if "encoder.norm.weight" not in weights:  # fine-tuned networks have one behind the mean instead
-        model.encoder.norm = nn.Identity()
-    return fill(model, weights, path)
+        return fill(SIGMA(**sizes), weights, path)
+    encoder = Encoder(**{name: sizes[name] for name in ("dim", "depth", "heads", "tube")})
+    if "encoder.norm.weight" not in weights:  # fine-tuned: another norm, behind the mean
+        encoder.norm = nn.Identity()
+    weights = {name: w for name, w in weights.items() if name.startswith("encoder.")}
+    return fill(nn.ModuleDict({"encoder": encoder}), weights, path)
 
 
 @torch.no_grad()
 def walk():
     """One clip through the method, step by step: what `python sigma.py` prints."""
-    def show(step, x):
-        print(f"{step:70}{tuple(x.shape)}")
-
     torch.manual_seed(0)
     model, mask = build_model("small").eval(), tube_mask(1, (8, 14, 14))
     clip = F.interpolate(torch.randn(1, 3, 16, 14, 14), (16, 224, 224), mode="trilinear")  # smooth
     visible, hidden = split_mask(mask)
-    show("  a clip, normalised RGB", clip)
-    show("1 90% of its 8 x 14 x 14 tubes are hidden, in all slices alike", hidden)
-    show("2 the video model: tokens of the visible ones", model.encoder(clip, visible))
     predicted, target = model.predict(clip, visible, hidden), model.embed(clip, hidden)
-    show("  and features predicted for the hidden ones", predicted)
-    show("3 the projection network: features of their pixels", target)
     scores = model.compare(predicted, target)
-    show("4 cosines to the prototypes, of both", scores[0])
-    soft, k = sinkhorn(scores), len(model.prototypes)
-    largest = [share.mean(dim=0).max() * k for share in (soft[1], (scores[1] / 0.05).softmax(1))]
-    show(f"5 Sinkhorn: the largest prototype has {largest[0]:.2f} / K of them, by softmax "
-         f"{largest[1]:.0f} / K", soft[1])
+    soft = sinkhorn(scores)
     loss, _ = symmetric_loss(*scores, *(s.argmax(dim=1) for s in soft))
-    show(f"6 each predicts the other's: {loss:.2f}, 2 ln K = {2 * math.log(k):.2f}", loss)
+    for step, x in (("  a clip, normalised RGB", clip),
+                    ("1 90% of its 8 x 14 x 14 tubes are hidden, in all slices alike", hidden),
+                    ("2 the video model predicts features for them from the others", predicted),
+                    ("3 the projection network: features of their pixels", target),
+                    ("4 cosines of both to the prototypes", scores[0]),
+                    ("5 Sinkhorn: both assigned to prototypes, in equal shares", soft[0]),
+                    (f"6 each predicts the other's: the loss is {loss:.2f}", loss)):
+        print(f"{step:70}{tuple(x.shape)}")
 
 
 if __name__ == "__main__":

@@ -10,22 +10,22 @@ already, as in MGM (Fan et al., ICCV 2023, arXiv 2308.12962): no optical flow ne
 
 Approximate: a vector tells where its block was predicted from, not when that was shown. Vectors to
 the past are taken to span the time to the nearest I- or P-frame before: right without B-frames or
-with one reference, as in files of extras/videos.py prepare, not always in others. Frames that the
-decoder may skip, intra blocks, and codecs without vectors (VP9, AV1, HEVC) are missing; a tube with
-none counts as still. The median over a tube's area and the frames between two slices helps.
+with one reference, as in files of extras/videos.py prepare, not always in others. A tube counts as
+still if it has no vectors, as in codecs that export none (VP9, AV1, HEVC), intra blocks and frames
+that the decoder may skip. The median over a tube's area and the frames between two slices helps.
 """
 import math
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torchvision.utils import save_image
-from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the core is
-from data import Clips, VideoError, decode, find_videos, resize_crop
+from data import Clips, VideoError, collate, decode, find_videos, resize_crop
 from sigma import UserError, tube_mask
 from train import launch, locate, parser_with, recipe
 
@@ -33,68 +33,54 @@ CELL = 8  # pixels of a field's cell; the blocks of most files are as large or l
 I_FRAME, P_FRAME = 1, 2
 
 
-def read_vectors(frame):
-    """How far the content of each cell of a decoded frame has moved since its reference frame.
-
-    Returns (rows, columns, 2): downwards and to the right, in pixels, NaN where no vector points to
-    the past. A vector says where content was, so the content moves by its opposite.
-    """
-    rows, columns = math.ceil(frame.height / CELL), math.ceil(frame.width / CELL)
-    field = torch.full((rows, columns, 2), math.nan)
-    data = frame.side_data.get("MOTION_VECTORS")
-    if data is not None:
-        v = data.to_ndarray()
-        v = {name: torch.from_numpy(v[name].astype("float32")) for name in v.dtype.names}
-        moved = -torch.stack([v["motion_y"], v["motion_x"]], dim=1) / v["motion_scale"][:, None]
-        for i, j in ((-1, -1), (-1, 1), (1, -1), (1, 1)):  # the quarters of each block
-            row = ((v["dst_y"] + i * v["h"] / 4) // CELL).long()
-            column = ((v["dst_x"] + j * v["w"] / 4) // CELL).long()
-            inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
-            inside &= v["source"] < 0
-            field[row[inside], column[inside]] = moved[inside]
-    return field
-
-
 class Watch:
-    """Collects from data.decode the motion of each frame: [(position, field in pixels a frame)]."""
+    """Collects motion while data.decode reads a video: fields, pairs (position, field).
+
+    A field (rows, columns, 2) holds how far the content of each cell moves, downwards and to the
+    right, in pixels a frame; NaN where no vector points to the past.
+    """
 
     def __init__(self):
-        self.fields, self.anchor = [], None
+        self.fields, self.anchor = [], math.inf
 
     def __call__(self, frame, position):
-        field = read_vectors(frame)
-        if self.anchor is not None and field.isfinite().any():
-            self.fields.append((position, field / (position - self.anchor)))
+        data = frame.side_data.get("MOTION_VECTORS")
+        if data is not None and position > self.anchor:
+            rows, columns = math.ceil(frame.height / CELL), math.ceil(frame.width / CELL)
+            field, v = torch.full((rows, columns, 2), math.nan), data.to_ndarray()
+            v = {name: torch.from_numpy(v[name].astype("float32"))[v["source"] < 0]
+                 for name in v.dtype.names}
+            # A vector says where content was, so the content moves by its opposite.
+            motion = -torch.stack([v["motion_y"], v["motion_x"]], dim=1)
+            motion /= v["motion_scale"][:, None] * (position - self.anchor)
+            for i, j in ((-1, -1), (-1, 1), (1, -1), (1, 1)):  # the quarters of each block
+                row = (v["dst_y"] + i * v["h"] / 4).long() // CELL
+                column = (v["dst_x"] + j * v["w"] / 4).long() // CELL
+                field[row.clamp(0, rows - 1), column.clamp(0, columns - 1)] = motion
+            self.fields.append((position, field))
         if frame.pict_type in (I_FRAME, P_FRAME):
             self.anchor = position
 
 
-def tube_motion(fields, box, grid, flip=False):
-    """The motion of each tube of a slice, (h, w, 2) in tubes a frame: the median over its area and
-    the fields, 0 where all are missing. box: the crop (top, left, height, width) in pixels, that is
-    resized to the clip, grid (t, h, w) tubes. flip: the clip is mirrored."""
-    (top, left, height, width), (_, h, w) = box, grid
-    if not fields:
-        return torch.zeros(h, w, 2)
+def displacements(fields, indices, box, grid, flip=False):
+    """How far each tube has moved since the slice before, (t, h, w, 2) in tubes, 0 for the first:
+    the median over its area and the frames between, 0 where all is missing.
+
+    fields: a Watch's. indices: the clip's frames. box: the crop (top, left, height, width) in
+    pixels that is resized to the clip, of grid (t, h, w) tubes. flip: the clip is mirrored.
+    """
+    (top, left, height, width), (t, h, w) = box, grid
     rows = ((top + (torch.arange(4 * h) + 0.5) * height / (4 * h)) // CELL).long()
     columns = ((left + (torch.arange(4 * w) + 0.5) * width / (4 * w)) // CELL).long()
-    samples = torch.stack([field[rows][:, columns] for field in fields])  # 4 x 4 points a tube
-    samples = rearrange(samples, "f (h a) (w b) c -> h w (f a b) c", a=4, b=4)
-    motion = samples.nanmedian(dim=2).values.nan_to_num() * torch.tensor([h / height, w / width])
-    return motion.flip(1) * torch.tensor([1, -1]) if flip else motion
-
-
-def displacements(fields, indices, box, grid):
-    """How far each tube has moved since the slice before, (t, h, w, 2) in tubes; 0 for the first.
-
-    fields: a Watch's. indices: the clip's frames in the video, t groups of tubelets.
-    """
-    starts = indices[::len(indices) // grid[0]]
-    motion = [torch.zeros(grid[1], grid[2], 2)]
-    for before, now in zip(starts, starts[1:]):
-        between = [field for position, field in fields if before < position < now + 0.5]
-        motion.append(tube_motion(between, box, grid) * (now - before))
-    return torch.stack(motion)
+    starts, motion = indices[::len(indices) // t], torch.zeros(t, h, w, 2)
+    for s, (before, now) in enumerate(zip(starts, starts[1:]), start=1):
+        between = [field[rows][:, columns] for position, field in fields
+                   if before < position < now + 0.5]  # 4 x 4 points of each tube
+        if between:
+            points = rearrange(between, "f (h a) (w b) c -> h w (f a b) c", a=4, b=4)
+            motion[s] = points.nanmedian(dim=2).values.nan_to_num() * (now - before)
+    motion *= torch.tensor([h / height, w / width])  # pixels -> tubes
+    return motion.flip(2) * torch.tensor([1, -1]) if flip else motion
 
 
 def motion_mask(motion, grid, ratio=0.9, generator=None):
@@ -106,119 +92,90 @@ def motion_mask(motion, grid, ratio=0.9, generator=None):
     mask that tube_mask draws from the same generator.
     """
     t, h, w = grid
-    mask = tube_mask(1, grid, ratio, generator)[0].view(t, h * w)
+    mask = tube_mask(1, grid, ratio, generator)[0]
     if not motion.any():
-        return mask.flatten()
-    start = int(torch.randint(t, (1,), generator=generator))
-    visible = [divmod(place, w) for place in (~mask[0]).nonzero()[:, 0].tolist()]
-    for slices, sign in ((range(start + 1, t), 1), (range(start - 1, -1, -1), -1)):
-        places = [(float(row), float(column)) for row, column in visible]
-        for s in slices:
-            field = sign * motion[s if sign > 0 else s + 1]
-            places = follow(places, field, generator)
-            mask[s] = True
-            mask[s, [round(row) * w + round(column) for row, column in places]] = False
+        return mask
+    mask, start = mask.view(t, h, w), int(torch.randint(t, (1,), generator=generator))
+    visible = {(i, j): (i, j) for i, j in (~mask[start]).nonzero().tolist()}
+    onwards = [(s, motion[s]) for s in range(start + 1, t)]
+    backwards = [(s, -motion[s + 1]) for s in reversed(range(start))]
+    for way in (onwards, backwards):
+        places = visible
+        for s, moved in way:
+            places, mask[s] = follow(places, moved, generator), True
+            for tube in places:
+                mask[s][tube] = False
     return mask.flatten()
 
 
 def follow(places, motion, generator):
-    """Places [(row, column)] moved by motion (h, w, 2), each in a tube of its own."""
-    (h, w, _), taken, moved = motion.shape, set(), []
-    for row, column in places:
-        down, right = motion[round(row), round(column)].tolist()
-        row, column = row + down, column + right
-        tube = round(row), round(column)
-        inside = 0 <= tube[0] < h and 0 <= tube[1] < w
-        moved.append((row, column) if inside and tube not in taken else None)
-        if inside:
-            taken.add(tube)
-    free = [(row, column) for row in range(h) for column in range(w) if (row, column) not in taken]
-    order = iter(torch.randperm(len(free), generator=generator).tolist())
-    return [place or tuple(map(float, free[next(order)])) for place in moved]
+    """Places {(row, column) of a tube: exact (row, column)}, moved by motion (h, w, 2)."""
+    (h, w, _), moved = motion.shape, {}
+    for tube, (row, column) in places.items():
+        down, right = motion[tube].tolist()
+        place = row + down, column + right
+        tube = round(place[0]), round(place[1])
+        if 0 <= tube[0] < h and 0 <= tube[1] < w:
+            moved.setdefault(tube, place)
+    for i in torch.randperm(h * w, generator=generator).tolist():  # in place of those that are lost
+        if len(moved) < len(places):
+            moved.setdefault(divmod(i, w), divmod(i, w))
+    return moved
 
 
 class MotionClips(Clips):
     """Clips with motion_mask in place of tube_mask. Vectors are kept where decoded videos are."""
 
-    def __init__(self, videos, **options):
-        super().__init__(videos, **options)
-        self.fields = {}
-
     def read(self, path, generator):
-        indices, watch = [], Watch()
+        watch, chosen, cache = Watch(), [], {} if self.cache is None else self.cache
+        if ("motion", path) not in cache:
+            cache.pop(path, None)  # decoded by other Clips, without its vectors
 
         def choose(n):
-            indices.extend(self.choose(n, self.frames, self.stride, generator)
-                           for _ in range(self.repeat))
-            return indices
+            chosen.extend(self.choose(n, self.frames, self.stride, generator)
+                          for _ in range(self.repeat))
+            return chosen
 
-        frames = self.frames_of(path, choose, watch)
-        fields = self.fields.get(path, watch.fields)
-        if self.cache is not None:
-            self.fields[path] = fields
-        clips, masks = [], []
-        for clip, chosen in zip(frames, indices):
-            box = self.crop(*clip.shape[-2:], generator)
-            clips.append(resize_crop(clip, box, self.size))
-            motion = displacements(fields, chosen, box, self.grid)
+        clips, masks = self.frames_of(path, choose, watch), []
+        fields = cache.setdefault(("motion", path), watch.fields)
+        boxes = [self.crop(*clip.shape[-2:], generator) for clip in clips]
+        for indices, box in zip(chosen, boxes):
+            motion = displacements(fields, indices, box, self.grid)
             masks.append(motion_mask(motion, self.grid, self.ratio, generator))
+        clips = [resize_crop(clip, box, self.size) for clip, box in zip(clips, boxes)]
         return torch.stack(clips), torch.stack(masks)
 
 
-def count_with_vectors(videos, most=16):
-    """(videos with motion vectors, videos that were tried), spread over the set."""
-    tried = videos.spread(most).paths
-    found = 0
-    for path in tqdm(tried, desc="looking for motion vectors", leave=False):
-        watch = Watch()
-        try:
-            decode(path, lambda n: list(range(min(n, 16))), watch=watch)
-        except VideoError:
-            continue
-        found += bool(watch.fields)
-    return found, len(tried)
-
-
 def clips_for(videos, log):
-    """MotionClips, or Clips where no video that is tried has motion vectors; says which."""
-    found, tried = count_with_vectors(videos)
-    if not found:
-        log(f"masks     of tubes: none of {tried} videos tried holds motion vectors")
-        return Clips
-    log(f"masks     follow motion: {found} of {tried} videos tried hold motion vectors")
-    return MotionClips
-
-
-def draw(path, clips, number=4):
-    """Clips, and below each what its mask leaves visible: one frame of each slice, as PNG."""
-    rows = []
-    for index in [i * len(clips) // number for i in range(number)]:
-        video, mask, *_ = clips[0, index]
-        step = clips.frames // clips.grid[0]
-        frames = video[0, :, ::step].transpose(0, 1).float() / 255  # t 3 S S
-        hidden = mask[0].view(clips.grid)[:, None].float()
-        hidden = F.interpolate(hidden, frames.shape[-2:]).bool()
-        rows += [frames, frames.lerp(torch.tensor(0.5), hidden * 0.85)]
-    scale = max(1, 128 // clips.size)
-    images = F.interpolate(torch.cat(rows), scale_factor=scale)
-    save_image(images, path, nrow=clips.grid[0], padding=2, pad_value=1)
+    """MotionClips, or Clips if none of 16 videos of the set has motion vectors; logs which."""
+    tried, found = videos[::math.ceil(len(videos) / 16)], 0
+    for path, _ in tried:
+        watch = Watch()
+        with suppress(VideoError):
+            decode(path, lambda n: [range(min(n, 16))], watch=watch)
+        found += bool(watch.fields)
+    log(f"masks     {'follow motion' if found else 'of tubes'}: {found} of {len(tried)} videos "
+        "tried hold motion vectors")
+    return MotionClips if found else Clips
 
 
 def main(argv=None):
     parser = parser_with(__doc__, "data", "root")
     parser.add_argument("--out", default="motion.png", help="the picture (default: motion.png)")
     args = parser.parse_args(argv)
-    videos = find_videos(locate(args.data, args.root))
-    found, tried = count_with_vectors(videos)
-    print(f"{found} of {tried} videos tried hold motion vectors")
-    if not found:
+    videos, *_ = find_videos(locate(args.data, args.root))
+    if clips_for(videos, print) is Clips:
         raise UserError("without motion vectors --mask motion masks tubes; extras/videos.py "
                         "prepare writes H.264, which has them")
-    own = recipe(args.data, "base")
-    tube = (2, 8, 8) if args.data == "toy" else (2, 16, 16)
-    clips = MotionClips(videos, frames=own["frames"], stride=own["stride"], size=own["size"],
-                        ratio=own["ratio"], tube=tube)
-    draw(args.out, clips)
+    own, tube = recipe(args.data, "base"), (2, 8, 8) if args.data == "toy" else (2, 16, 16)
+    clips = MotionClips(videos, tube=tube, **{name: own[name] for name in (
+        "frames", "stride", "size", "ratio")})
+    video, mask, *_ = collate([clips[0, i * len(clips) // 4] for i in range(4)])
+    hidden = F.interpolate(mask.view(-1, 1, *clips.grid).float(), video.shape[2:])
+    veiled = video.float().lerp(torch.tensor(128.0), 0.85 * hidden)
+    rows = rearrange([video.float(), veiled], "k n c t h w -> (n k) t c h w")[:, ::tube[0]]
+    rows = F.interpolate(rows.flatten(0, 1), scale_factor=max(1, 128 // clips.size))
+    save_image(rows / 255, args.out, nrow=clips.grid[0], pad_value=1)
     print(f"wrote {args.out}: clips, and below each what its mask leaves visible")
 
 
