@@ -469,8 +469,9 @@ def read_checkpoint(path, must_have="encoder.patch_embed.proj.weight"):
         weights = {re.sub(r"^head\.(?=\d)", "projector.", name.removeprefix("module.")): weight
                    for name, weight in content["model"].items()}
     except Exception as error:  # whatever a damaged or foreign file brings about
-        reason = re.search(r"GLOBAL \S+", str(error)) or [error]  # GLOBAL: code that it would run
-        raise UserError(f"{path} can't be read as a checkpoint ({reason[0]}){beside}") from error
+        # GLOBAL: code that it asks for; else the first line
+        reason = (re.search(r"GLOBAL \S+", str(error)) or re.match(r".{,200}", str(error)))[0]
+        raise UserError(f"{path} can't be read as a checkpoint ({reason}){beside}") from error
     if not isinstance(weights.get(must_have), torch.Tensor):
         raise UserError(f"{path} holds another network, without {must_have}; extras/weights.py can "
                         "convert fine-tuned and Hugging Face checkpoints")
