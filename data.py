@@ -52,9 +52,9 @@ def find_videos(source, splits=("train", ""), classes=None):
     """The videos of a list or folder (layouts: top of this file) as pairs (path, label), -1 for no
     label; the names of its class folders; and what was skipped, each with the reason.
 
-    splits: names to look for in a folder, in turn; "" is the source itself. classes: those of the
-    training videos, which number class folders. Raises UserError if they don't know a folder, or
-    if there are no videos though the source itself was looked into.
+    splits: names to look for in a folder, in turn; "" is the source itself. classes: names of the
+    training set's classes; a label is the index in them. Raises UserError if a folder is not one of
+    them, or if there are no videos though the source itself was looked into.
     """
     skipped = []
     for path in [Path(source, name) for split in splits for name in (f"{split}.csv", split)]:
@@ -93,7 +93,7 @@ def read_list(file, skipped):
 
 
 def walk_folder(folder, classes, skipped):
-    """The videos below a folder, and its classes: its sub-folders that hold some, by name."""
+    """The videos below a folder, and its classes: its sub-folders that contain some, sorted."""
     if any(any(folder.glob(pattern)) for pattern in TABLES):
         raise UserError(f"{folder} has a table of its set: {MAKE_LISTS}")
     files = sorted(glob.glob("**/*.*", root_dir=folder, recursive=True))  # links are followed

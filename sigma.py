@@ -75,7 +75,7 @@ def tube_mask(batch, grid, ratio=0.9, generator=None):
     t, h, w = grid
     hidden = int(ratio * h * w)
     if not 0 < hidden < h * w:
-        raise ValueError(f"ratio {ratio} hides {hidden} of {h * w} tubes of a slice, not some")
+        raise ValueError(f"ratio {ratio} hides {hidden} of {h * w} tubes in a slice: all or none")
     chosen = torch.rand(batch, h * w, generator=generator).argsort(dim=1)[:, :hidden]
     mask = torch.zeros(batch, h * w, dtype=torch.bool).scatter_(1, chosen, True)  # one slice
     return mask.repeat(1, t)  # B N
@@ -230,7 +230,7 @@ TARGETS = ("mlp", "pixel", *DINO)
 class Teacher(nn.Module):
     """The projection network of SIGMA-DINO: a frozen ViT on the first frame of each tubelet.
 
-    weights: DINO's, by name; width, depth and patch size are read off them, heads are 64 wide as in
+    weights: DINO's state dict; width, depth and patch size are read off it, heads are 64 wide as in
     all of DINO's. tube: the video model's; frames are resized so that each tube is one patch. Not a
     part of SIGMA, so it is in no checkpoint. Raises UserError if the weights don't fit.
     """
@@ -278,7 +278,8 @@ def sinkhorn(scores, eps=0.05, iters=10, group=None):
     """Soft assignment of N tubes to K prototypes that uses all prototypes equally (paper, method
     section; Sinkhorn-Knopp as in SwAV).
 
-    scores: (N, K) cosines in [-1, 1], or a list of such, which share each iteration's all-reduce.
+    scores: (N, K) cosines in [-1, 1], or a list of such matrices, each balanced by itself, with one
+    all-reduce per iteration for all.
     eps: entropic regularisation, 0.005 and more. group: of torch.distributed; under it N is this
     rank's part, and the balance holds over all ranks' tubes. Returns the same shape(s), float32 or
     better: rows sum to 1, columns to about N / K over the whole batch.
@@ -291,7 +292,7 @@ def sinkhorn(scores, eps=0.05, iters=10, group=None):
     parallel = dist.is_available() and dist.is_initialized()
     with torch.autocast(branches[0].device.type, enabled=False):
         # exp(2 / 0.005) overflows. A column's factor belongs to v, which the first iteration sets;
-        # a row's to u. So column and row maxima can go, exactly, and each line of A keeps a 1.
+        # a row's to u. So column and row maxima can go, exactly, and each row of A keeps a 1.
         peaks = torch.stack([s.amax(dim=0) for s in branches])  # branches K
         if parallel:
             dist.all_reduce(peaks, dist.ReduceOp.MAX, group=group)
@@ -454,7 +455,7 @@ def build_model(size="base", **changes):
 def read_checkpoint(path, must_have="encoder.patch_embed.proj.weight"):
     """A checkpoint (a file, or a run's folder) as a dictionary; "model" has the weights by name.
 
-    Takes the names of this code, the authors' and VideoMAE's; extras/weights.py converts others.
+    Accepts the names of this code, the authors' and VideoMAE's; extras/weights.py converts others.
     must_have: the name of a weight. Runs no code from the file. Raises UserError.
     """
     path = Path(path, "last.pt") if Path(path).is_dir() else Path(path)
@@ -473,15 +474,15 @@ def read_checkpoint(path, must_have="encoder.patch_embed.proj.weight"):
         reason = (re.search(r"GLOBAL \S+", str(error)) or re.match(r".{,200}", str(error)))[0]
         raise UserError(f"{path} can't be read as a checkpoint ({reason}){beside}") from error
     if not isinstance(weights.get(must_have), torch.Tensor):
-        raise UserError(f"{path} holds another network, without {must_have}; extras/weights.py can "
-                        "convert fine-tuned and Hugging Face checkpoints")
+        raise UserError(f"{path} lacks {must_have}; extras/weights.py converts fine-tuned and "
+                        "Hugging Face checkpoints")
     return content | {"model": weights}
 
 
 def sizes_of(weights):
-    """Keyword arguments of SIGMA that fit published weights, or of Encoder if they hold that alone.
+    """Keyword arguments of SIGMA that fit published weights, or of Encoder if there is no more.
 
-    Shapes tell all but the heads: those of the network in SIZES that is as wide, or None.
+    Shapes tell all but the number of heads: that of the entry in SIZES with this width, or None.
     """
     dim, _, *tube = weights["encoder.patch_embed.proj.weight"].shape
     row = next((row for row in SIZES.values() if row["dim"] == dim), {})
@@ -503,10 +504,11 @@ def sizes_of(weights):
 
 def load_model(path, **changes):
     """The SIGMA of a pretraining checkpoint, ours, the authors' or VideoMAE's; of a fine-tuned one
-    a module with its `encoder` alone. model.encoder(video) gives tokens for clips of any size.
+    a module with its `encoder` alone. model.encoder(video) gives tokens for clips of any size that
+    the tube divides.
 
     All weights are loaded, or UserError says what differs. changes: sizes that the file can't tell,
-    such as heads and decoder_heads of a network that is as wide as none in SIZES.
+    heads and decoder_heads of networks whose width is not in SIZES.
     """
     content = read_checkpoint(path)
     weights = content["model"]
@@ -535,7 +537,7 @@ def walk():
     soft = sinkhorn(scores)
     loss, _ = symmetric_loss(*scores, *(s.argmax(dim=1) for s in soft))
     for step, x in (("  a clip, normalised RGB", clip),
-                    ("1 90% of its 8 x 14 x 14 tubes are hidden, in all slices alike", hidden),
+                    ("1 90% of its 8 x 14 x 14 tubes are hidden, the same in each slice", hidden),
                     ("2 the video model predicts features for them from the others", predicted),
                     ("3 the projection network: features of their pixels", target),
                     ("4 cosines of both to the prototypes", scores[0]),

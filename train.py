@@ -49,7 +49,8 @@ PROTOCOL = ("top-1, frozen encoder, mean over tokens, one centre clip per video;
 # --- Recipes and flags ----------------------------------------------------------------------------
 
 RECIPE = dict(frames=16, stride=4, size=224, ratio=0.9, epochs=800, warmup=40, lr=1.5e-4,
-              final_lr=1e-5, eps=0.05, gpu_batch=40, global_batch=None, workers=min(8, os.cpu_count()))
+              final_lr=1e-5, eps=0.05, gpu_batch=40, global_batch=None,
+              workers=min(8, os.cpu_count()))
 K400 = dict(global_batch=16 * 40)  # GPUs x clips on each, as published
 RECIPES = {  # what a data set changes; ucf101 and hmdb51: the paper does not pretrain on them
     "k400": K400, "ucf101": K400, "hmdb51": K400,
@@ -63,11 +64,14 @@ RECIPES = {  # what a data set changes; ucf101 and hmdb51: the paper does not pr
 def recipe(data, model):
     """The settings for a model on a data set; tiny takes clips like the toy set's from any data."""
     own = "toy" if model == "tiny" else data
-    return RECIPE | RECIPES.get(f"{own} {model}", RECIPES.get(own, {}))
+    workers = {} if data == "toy" else {"workers": RECIPE["workers"]}
+    return RECIPE | RECIPES.get(f"{own} {model}", RECIPES.get(own, {})) | workers
 
 
 def locate(data, root=None):
     """Where the videos of --data and --root are: the folder of a named set, or a folder or list."""
+    if root and data not in RECIPES:
+        raise UserError("--root only applies to named data sets, not to a folder or list")
     return root or (f"data/{data}" if data in RECIPES else data)
 
 
@@ -94,7 +98,7 @@ FLAGS = {  # the scripts in extras/ take theirs from here
     "batch-size": dict(type=at_least(1), help="clips at a time in a process: as memory allows"),
     "accum": dict(type=at_least(1), help="batches per step (default: as many as make the recipe's "
                   "global batch); Sinkhorn still balances each batch alone"),
-    "repeat": dict(type=at_least(1), default=1, help="clips from a decoded video: loads faster"),
+    "repeat": dict(type=at_least(1), default=1, help="clips from each decoding: loads faster"),
     "mask": dict(choices=["tube", "motion"], default="tube", help="see extras/motion.py"),
     "lr": dict(type=at_least(0, float), help="peak learning rate for 256 clips a step, scaled"),
     "eps": dict(type=at_least(0.005, float), help="Sinkhorn's, 0.03 to 0.05 is usual"),
@@ -113,7 +117,7 @@ FLAGS = {  # the scripts in extras/ take theirs from here
 
 
 def parser_with(description, *names):
-    """A parser of command lines with those of FLAGS."""
+    """An argument parser with the given entries of FLAGS."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in names:
@@ -125,8 +129,6 @@ def check(parser, args, tube):
     """Ends with a usage error if flags can't be used together."""
     if any(side % step for side, step in zip((args.frames, args.size, args.size), tube)):
         parser.error(f"--frames and --size must be multiples of the model's tubes, {tube}")
-    if args.root and args.data not in RECIPES:
-        parser.error("--root only applies to named data sets, not to a folder or list")
     if args.batch_size and args.batch_size % args.repeat:
         parser.error("--batch-size must be divisible by --repeat")
 
@@ -150,12 +152,14 @@ def parse(argv):
 
 def split_batch(args, world, videos):
     """(clips at a time in each process, batches accumulated) that make the recipe's global batch,
-    or for a small set as many clips as it has. Given flags are kept."""
-    most, accum = args.batch_size or args.gpu_batch, args.accum or 1
-    wanted = min(args.global_batch or most * world * accum, videos)
-    share = min(most, wanted // (world * accum)) // args.repeat * args.repeat
-    batch = args.batch_size or max(args.repeat, share)
-    return batch, args.accum or max(1, wanted // (batch * world))
+    640 = 8 processes x 40 x 2; or, of a small set, all its clips. Given flags are kept."""
+    most = args.batch_size or args.gpu_batch
+    wanted = args.global_batch or most * world * (args.accum or 1)
+    share = max(1, min(wanted, videos) // world)  # of each process
+    if args.batch_size:
+        return args.batch_size, args.accum or max(1, share // args.batch_size)
+    accum = args.accum or math.ceil(share / most)
+    return max(1, min(most, share // accum) // args.repeat) * args.repeat, accum
 
 
 # --- Processes and precision ----------------------------------------------------------------------
@@ -205,7 +209,7 @@ def autocast(amp):
 def make_teacher(args, tube):
     """The frozen Teacher of a DINO target, from --teacher or downloaded into torch's cache."""
     if args.teacher:
-        return Teacher(read_checkpoint(args.teacher, "patch_embed.proj.weight")["model"], tube)
+        return Teacher(read_checkpoint(args.teacher, "pos_embed")["model"], tube)
     _, url, sha = DINO[args.target]
     name = Path(url).stem + (f"-{sha}.pth" if sha else ".pth")  # torch checks such a hash
     socket.setdefaulttimeout(30)
@@ -264,7 +268,7 @@ def saved_run(args):
     if not Path(args.out, "last.pt").exists():
         return None
     saved, free = read_checkpoint(args.out), set(
-        "root val out teacher batch_size accum workers timeout compile eval_every keep_every "
+        "root val out teacher batch_size accum amp workers timeout compile eval_every keep_every "
         "max_steps views".split())
     differ = [f"--{name.replace('_', '-')} {now} (the run has {saved['args'].get(name)})"
               for name, now in vars(args).items()
@@ -282,7 +286,7 @@ def collect(forward, clips, amp="off", workers=0):
     """(outputs (n, ...), labels (n,)) of all clips in order, on every rank; ranks share the work.
 
     forward: normalised clips (B, 3, T, S, S) -> (B, ...), averaged over the clips of a video. A
-    video that can't be read is named; its output is 0 and its label -1, which no prediction equals.
+    video that can't be read is named, and its label is -1, which no prediction equals.
     """
     batch = max(1, 64 // clips.repeat) if GPU or clips.size < 64 else 1
     keys = [(0, i) for i in range(RANK, len(clips), WORLD)]
@@ -345,7 +349,7 @@ def evaluate(encoder, sets, args, title):
 
 def collapsed(line, tubes):
     """Whether a log line of SIGMA, from after warmup, shows collapsed features: a term of the loss
-    stuck at ln K or at 0, or few prototypes in use, of those that so many hidden tubes can use."""
+    stuck at ln K or at 0, or an entropy far below ln K (or ln of the hidden tubes, if fewer)."""
     k, terms = line["log_k"], (line["target_term"], line["video_term"])
     stuck = any(abs(term / k - 1) < 0.01 or term < 0.05 * k for term in terms)
     return stuck or min(line["entropy"], line["target_entropy"]) < min(k, math.log(tubes)) - 1.4
@@ -385,7 +389,7 @@ def fit(args, model, optimizer, clips, loss_of, *, sizes, before=None, probe=Non
                 scaler=scaler.state_dict(), clips_seen=step * per_step, videos=n, args=vars(args),
                 log_size=(out / "log.jsonl").stat().st_size))
 
-    def passed(every):  # whether this step ends an epoch of those
+    def passed(every):  # whether this step completes a multiple of so many epochs
         return every and step * per_step // n // every > (step - 1) * per_step // n // every
 
     def stop(number, frame):
@@ -393,7 +397,7 @@ def fit(args, model, optimizer, clips, loss_of, *, sizes, before=None, probe=Non
         on_signals(signal.SIG_DFL)  # the second one ends the process at once
 
     if RANK == 0:
-        with open(out / "log.jsonl", "a") as file:  # without the steps that come once more
+        with open(out / "log.jsonl", "a") as file:  # drop lines of steps that will be repeated
             file.truncate(min(before["log_size"], file.tell()) if before else 0)
     if not before:
         save()  # a disk that can't be written to shows now
@@ -483,7 +487,7 @@ def fit(args, model, optimizer, clips, loss_of, *, sizes, before=None, probe=Non
             save(f"epoch-{step * per_step // n:04}.pt")
         if too_many:
             raise RunError(f"{len(named)} of {n:,} videos can't be read, more than "
-                           f"{MAX_UNREADABLE:.0%}: mend or remove those named above")
+                           f"{MAX_UNREADABLE:.0%}: fix or remove those named above")
         rows, unreadable, log_time, waited = [], {}, time.monotonic(), 0.0
     bar.close()
     on_signals(signal.SIG_DFL)
@@ -567,15 +571,16 @@ def main(argv=None):
         results["trained"] = probe("trained")
     if RANK == 0:
         finished.write_text(json.dumps(results, indent=2) + "\n")
-    source = f"--data {args.data}" + (f" --root {args.root}" if args.root else "")
+    source = " ".join(f"--{name} {vars(args)[name]}" for name in ("data", "root", "val")
+                      if vars(args)[name])
     log(f"{results['protocol']}\nwrote {out}/last.pt, log.jsonl and results.json; next:\n"
-        f"    python extras/pictures.py {out} {source}\n"
+        f"    python extras/pictures.py {out}\n"
         f"    python extras/finetune.py --init {out} {source}\n"
         f"    python extras/features.py --init {out} {source}")
 
 
 def launch(main, argv=None):
-    """Runs main(argv); what a user can mend ends in one sentence. Returns the exit code."""
+    """Runs main(argv), user errors without a traceback. Returns the exit code."""
     try:
         main(argv)
         return 0
@@ -595,7 +600,7 @@ def launch(main, argv=None):
         if dist.is_initialized():
             time.sleep(0.1)  # torch 2.6: gloo's threads still need Python to free tensors
             dist.destroy_process_group()
-    if RANK:  # what all ranks find the first one says; torchrun then ends the others
+    if RANK:  # rank 0 reports first; torchrun then ends the others
         time.sleep(3)
     print(f"error: {message}", file=sys.stderr)
     return code

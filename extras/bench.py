@@ -1,4 +1,4 @@
-"""How fast are loader, training step, Sinkhorn and teacher here, and how long takes a recipe?
+"""How fast are loader, training step, Sinkhorn and teacher here, how long does a recipe take?
 
     python extras/bench.py --model small --batch-size 2
     python extras/bench.py --data k400 --root DIR --target dino --batch-size 40 --amp bf16
@@ -83,8 +83,8 @@ def main(argv=None):
     spent, work, side = seconds(step), counter.get_total_flops(), 8192 if GPU else 4096
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
     rate, square = batch / spent, torch.randn(side, side, device=DEVICE, dtype=dtype)
-    peak = (torch.cuda.max_memory_allocated() if GPU
-            else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
+    peak = torch.cuda.max_memory_allocated() if GPU else peak
     product = 2 * side ** 3 / seconds(lambda: square @ square)  # FLOP/s
     show("training step", f"{rate:,.2f} clips/s", f"{work / 1e9:,.1f} GFLOP a clip")
     show("share of matrix product", f"{work * rate / product:.0%}",

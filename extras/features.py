@@ -1,6 +1,6 @@
 """Features of videos from a frozen encoder, and k-NN on them.
 
-    python extras/features.py --init out/toy-tiny-mlp --data data/toy/val
+    python extras/features.py --init out/toy-tiny-mlp --data toy --split val
     python extras/features.py --init out/toy-tiny-mlp --data toy --knn
     python extras/features.py --init RUN --data DIR --window 16 --step 16
 
@@ -25,6 +25,9 @@ from train import (DEVICE, FLAGS, RANK, RECIPE, accuracy, at_least, collect, lau
                    nearest_neighbours, parser_with, save_atomically, set_up)
 
 
+SPLITS = {"train": ("train", ""), "val": ("val", "test")}
+
+
 class Windows(Clips):
     """Clips at given places: `videos` is a list of pairs ((path, start), start)."""
 
@@ -40,15 +43,17 @@ def main(argv=None):
     parser = parser_with(__doc__, *"data root val frames stride size amp workers out".split())
     add = parser.add_argument
     add("--init", required=True, **FLAGS["init"])
+    add("--split", choices=SPLITS, default="train", help="default: train, or the folder itself")
     add("--knn", action="store_true", help="k-NN of held-out videos, no file of features")
     add("--tokens", action="store_true", help="a feature of each tube instead of each video")
     add("--window", type=at_least(1), help="frames of a window; one file per video")
     add("--step", type=at_least(1), default=16, help="frames from one window to the next")
     parser.set_defaults(workers=0)
     args = parser.parse_args(argv)
-    if args.knn and (args.tokens or args.window):
-        parser.error("--knn takes pooled features of videos: leave out --tokens and --window")
-    out = Path(args.out or f"out/{Path(args.data).resolve().stem}-features")
+    if args.knn and (args.tokens or args.window or args.split == "val"):
+        parser.error("--knn needs pooled features of both splits: leave out --tokens, --window and "
+                     "--split")
+    out = Path(args.out or f"out/{Path(args.data).resolve().stem}-{args.split}-features")
     if (out / "features.pt").exists():
         parser.error(f"{out}/features.pt is there already: choose another --out")
     set_up()
@@ -77,7 +82,9 @@ def main(argv=None):
         return collect(forward, clips, args.amp, args.workers)
 
     root = locate(args.data, args.root)
-    videos, classes, _ = find_videos(root)
+    videos, classes, _ = find_videos(root, SPLITS[args.split])
+    if not videos:
+        raise UserError(f"{root} has no {args.split} videos")
     out.mkdir(parents=True, exist_ok=True)
     if args.knn:
         splits = ("val", "test", "") if args.val else ("val", "test")

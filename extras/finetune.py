@@ -7,7 +7,7 @@
 Protocol, as published: AdamW (0.9, 0.999), weight decay 0.05, learning rate 1e-3 x batch / 256,
 label smoothing 0.1, RandAugment, mixup 0.8, cutmix 1.0, random erasing 0.25; with --freeze the
 encoder stays as it is, without it rates are x 0.75 per layer down and drop path is 0.1. Frames:
-dense (K400), 16 evenly from a window of 16 x stride, half of the clips mirrored (but --no-flip); or
+dense (K400), 16 evenly from a window of 16 x stride, half of them mirrored (unless --no-flip); or
 segments (SSv2), a random one of each of 16 parts, none mirrored: left and right are labels. Tested
 on clips x crops of each video (--views), probabilities averaged; a video that can't be read counts
 as wrong. Without --init it trains from scratch. The same command goes on where it stopped; other
@@ -81,7 +81,7 @@ def segment_frames(n, frames, stride, generator=None):
 
 
 def spread(number, free):
-    """Starts of so many windows, evenly over `free` positions; a single one is in the middle."""
+    """Starts of `number` windows, evenly over `free` positions; a single one is in the middle."""
     return [i * free // (number - 1) for i in range(number)] if number > 1 else [free // 2]
 
 
@@ -118,7 +118,7 @@ def random_crop(height, width, generator):
 def augment(video, labels, classes, flip):
     """Clips (B, 3, T, S, S) uint8, labels (B,) -> normalised clips, class shares (B, classes).
     Flip, RandAugment (four operations, each with probability 1/2, strength 7 +- 0.5 of 10), erasing
-    are alike in all frames of a clip; mixup or cutmix joins pairs of clips."""
+    are shared by all frames of a clip; mixup or cutmix joins pairs of clips."""
     operation = v2.RandomApply([v2.RandomChoice([
         v2.RandAugment(1, strength, 101, fill=[124, 116, 104]) for strength in (64, 70, 76)])], 0.5)
     distort = v2.Compose([
@@ -138,7 +138,7 @@ def parse(argv):
                          "frames stride size amp workers timeout seed max-steps out".split())
     add = parser.add_argument
     add("--freeze", action="store_true", help="linear probe: train LayerNorm and head alone")
-    add("--limit", type=at_least(1), help="so many training videos, equally many of each class")
+    add("--limit", type=at_least(1), help="number of training videos, balanced over classes")
     add("--views", type=at_least(1), nargs=2, metavar=("CLIPS", "CROPS"), help="of a test video")
     add("--sampling", choices=["dense", "segments"], help="frames of a clip, see above")
     add("--no-augment", dest="augment", action="store_false", help="centre crops alone, as for toy")

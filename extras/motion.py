@@ -88,8 +88,8 @@ def motion_mask(motion, grid, ratio=0.9, generator=None):
 
     motion (t, h, w, 2): displacements, in tubes. A tube mask's visible places are those of one
     random slice, followed from there through the others; one that leaves the frame or meets another
-    is replaced by a random free place. So each slice shows as many; without motion it is the tube
-    mask that tube_mask draws from the same generator.
+    is replaced by a random free place. So every slice keeps the same number visible; without motion
+    it is the tube mask that tube_mask draws from the same generator.
     """
     t, h, w = grid
     mask = tube_mask(1, grid, ratio, generator)[0]
@@ -167,6 +167,7 @@ def main(argv=None):
     if clips_for(videos, print) is Clips:
         raise UserError("without motion vectors --mask motion masks tubes; extras/videos.py "
                         "prepare writes H.264, which has them")
+    # The toy model's tubes have four frames; two show the motion better.
     own, tube = recipe(args.data, "base"), (2, 8, 8) if args.data == "toy" else (2, 16, 16)
     clips = MotionClips(videos, tube=tube, **{name: own[name] for name in (
         "frames", "stride", "size", "ratio")})

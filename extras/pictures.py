@@ -17,7 +17,7 @@ from torchvision.utils import draw_bounding_boxes, save_image
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the core is
 from data import Clips, centre_crop, centre_frames, collate, find_videos, normalise, write_video
-from sigma import DINO, load_model, read_checkpoint, standardise, take_tubes
+from sigma import DINO, UserError, load_model, read_checkpoint, standardise, take_tubes
 from train import DEVICE, collect, launch, locate, make_teacher, parser_with, recipe
 
 
@@ -75,10 +75,13 @@ def main(argv=None):
     tube, target = model.encoder.tube, getattr(model, "target", "pixel")
     run = recipe("k400", "base") | (content.get("args", {}) if "sizes" in content else {})
     data = args.data or run.get("root") or run.get("data", "k400")
-    videos, *_ = find_videos(locate(data, args.root), (args.split, ""))
+    splits = ("train", "") if args.split == "train" else (args.split,)
+    videos, *_ = find_videos(locate(data, args.root), splits)
+    if not videos:
+        raise UserError(f"there are no {args.split} videos in {data}")
     videos = videos[::-(-len(videos) // 1024)]
     clips = Clips(videos, **{name: run[name] for name in ("frames", "stride", "size", "ratio")},
-                  tube=tube, choose=centre_frames, crop=centre_crop)
+                  tube=tube, choose=centre_frames, crop=centre_crop, tries=1)
     out = args.out or (args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent)
     out.mkdir(parents=True, exist_ok=True)
     video, mask, *_ = collate([clips[0, i * len(clips) // 4] for i in range(4)])

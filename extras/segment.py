@@ -59,8 +59,9 @@ def find_frames(root):
     root = Path(root)
     jpegs, annotations = (root / name / "480p" if (root / name / "480p").is_dir() else root / name
                           for name in ("JPEGImages", "Annotations"))
-    names = [name for path in sorted(root.glob("ImageSets/*/val.txt"))[-1:]
-             for name in path.read_text().split()]
+    names = {Path(word).parent.name or word  # DAVIS 2016 lists frames, others list videos
+             for path in sorted(root.glob("ImageSets/*/val.txt"))[-1:]
+             for word in path.read_text().split()}
     found = {}
     for folder in sorted(path for path in jpegs.glob("[!.]*") if path.is_dir()):
         frames = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES)

@@ -1,4 +1,4 @@
-"""What people do with videos before training: lists, a check, re-encoding.
+"""Preparing a data set: lists, a check of all videos, re-encoding.
 
     python extras/videos.py lists k400 DIR        the set's own tables -> DIR/train.csv, DIR/val.csv
     python extras/videos.py check DIR             decodes a clip of each video: out/check-DIR/*.csv
@@ -13,8 +13,8 @@ that DIR lacks (of Kinetics it always lacks some) are named in missing.txt.
     hmdb51   testTrainMulti_7030_splits/<class>_test_split1.txt; <class>/*.avi; --split 1 to 3
 
 `prepare` writes H.264 with short side 256, a key frame every 32 frames, B-frames that no other
-frame needs, no sound. Names and folders stay, except that all end in .mp4, which lists find
-nevertheless; a.avi beside a.mp4 keeps its name. Lists come along, with their absolute paths changed
+frame needs, no sound. Names and folders stay, except that all end in .mp4 (existing lists still
+work); a.avi beside a.mp4 keeps its name. Lists come along, with their absolute paths changed
 to the new videos. Stopped at any moment it goes on where it was; what is there already stays.
 """
 import csv
