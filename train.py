@@ -422,7 +422,8 @@ def fit(args, model, optimizer, clips, loss_of, *, sizes, before=None, probe=Non
             asked = time.monotonic()
             samples = next(batches)
             waited += time.monotonic() - asked
-            unreadable |= samples[-1]
+            _, mask, *_, bad = samples
+            unreadable |= bad
             # What is random in a step follows from its number: a run goes on exactly.
             torch.manual_seed(hash((args.seed, step, part, RANK)) % 2 ** 63)
             network.require_backward_grad_sync = part == accum  # DDP's; until then they add up
@@ -468,8 +469,8 @@ def fit(args, model, optimizer, clips, loss_of, *, sizes, before=None, probe=Non
             if path not in named:
                 log(f"unreadable video {path}: {reason}; another one takes its place")
             named.add(path)
-        bad = "log_k" in line and step > warmup and collapsed(line, int(samples[1].sum()))
-        bad_lines = bad_lines + 1 if bad else 0
+        collapse = "log_k" in line and step > warmup and collapsed(line, int(mask.sum()))
+        bad_lines = bad_lines + 1 if collapse else 0
         if bad_lines == 10:  # in a row; said once
             log("the features have collapsed: few prototypes are in use, or a term of the loss is "
                 "near 0 or ln K; lower --lr or --eps, or raise --batch-size")
@@ -555,9 +556,10 @@ def main(argv=None):
         return evaluate(encoder, sets, args, title)
 
     def loss_of(network, samples):
-        video = normalise(samples[0], DEVICE)
+        video, mask, *_ = samples
+        video = normalise(video, DEVICE)
         with autocast(args.amp):
-            return network(video, samples[1], teacher(video) if teacher else None)
+            return network(video, mask, teacher(video) if teacher else None)
 
     if not fit(args, model, make_optimizer(model), clips, loss_of, sizes=sizes, before=before,
                probe=probe if labelled else None):

@@ -237,8 +237,8 @@ def main(argv=None):
                   choose=partial(view_frames, views=args.views[0], sampling=args.sampling))
     scores, labels = collect(nn.Sequential(model, nn.Softmax(dim=1)), views, args.amp, args.workers)
     top1, top5 = accuracy(scores, labels), accuracy(scores, labels, k=5)
-    flags = {name: vars(args)[name] for name in "freeze epochs lr sampling augment views".split()}
-    summary = f"top-1 {top1:.1%}, top-5 {top5:.1%} of {len(labels):,} videos: {flags}"
+    flags = [f"{name} {vars(args)[name]}" for name in "freeze epochs lr sampling views".split()]
+    summary = f"top-1 {top1:.1%}, top-5 {top5:.1%} of {len(labels):,} videos; {', '.join(flags)}"
     results = dict(top1=top1, top5=top5, videos=len(labels), unreadable=int((labels < 0).sum()),
                    summary=summary, args=vars(args))
     if RANK == 0:
