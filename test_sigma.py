@@ -533,7 +533,7 @@ class TestTraining:
         assert os.listdir(tmp_path) == ["last.pt"] and (tmp_path / "last.pt").read_bytes() == b"old"
 
     @pytest.mark.parametrize("flags, world, videos, wanted", [
-        ("", 1, 9999, (40, 16)), ("", 64, 9999, (10, 1)), ("", 1, 12, (12, 1)),
+        ("", 6, 9999, (35, 3)), ("", 64, 9999, (10, 1)), ("", 1, 12, (12, 1)),
         ("--batch-size 20", 8, 9999, (20, 4)), ("--batch-size 32", 64, 9999, (32, 1)),
         ("--accum 8", 4, 9999, (20, 8)), ("--repeat 4", 16, 9999, (40, 1))])
     def test_the_recipe_fixes_the_global_batch(self, flags, world, videos, wanted):
