@@ -100,9 +100,11 @@ def take_tubes(video, tube, index=None):
         raise ValueError(f"clips of {tuple(video.shape[2:])} frames, rows and columns can't be cut "
                          f"into tubes of {tuple(tube)}")
     p, q, r = tube
-    tubes = rearrange(video, "b c (t p) (h q) (w r) -> b (t h w) c p q r", p=p, q=q, r=r)
-    clip = torch.arange(len(video), device=video.device)[:, None]  # B 1
-    return tubes if index is None else tubes[clip, index]
+    grid = rearrange(video, "b c (t p) (h q) (w r) -> b t h w c p q r", p=p, q=q, r=r)  # a view
+    if index is None:
+        return grid.flatten(1, 3)
+    (h, w), clip = grid.shape[2:4], torch.arange(len(video), device=video.device)[:, None]
+    return grid[clip, index // (h * w), index // w % h, index % w]  # copies the chosen tubes alone
 
 
 def standardise(x, dim):

@@ -2,10 +2,8 @@
 import argparse
 import json
 import os
-import struct
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import av
