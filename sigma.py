@@ -2,18 +2,30 @@
 
 Paper: Salehi, Dorkenwald, Thoker, Gavves, Snoek, Asano, ECCV 2024, arXiv 2407.15447.
 
+Masked video models such as VideoMAE predict the pixels of what is hidden, and learn texture. SIGMA
+predicts features, of a second network that learns along. Both could agree on a constant. So:
+
+    1. A clip is cut into space-time tubes, and 90% of them are hidden            tube_mask
+    2. The video model predicts a feature of each hidden tube from the rest       SIGMA.predict
+    3. The projection network computes one from the hidden tube's true content    SIGMA.embed
+    4. Both features are compared with K learned prototypes                       SIGMA.compare
+    5. Sinkhorn assigns the tubes to prototypes such that all are used equally,
+       which features that are all the same can't satisfy                         sinkhorn
+    6. Each network predicts the assignment that the other one got                symmetric_loss
+
     model = build_model("base")                            # or SIGMA(dim=..., ...) for any size
     video = torch.randn(2, 3, 16, 224, 224)                # normalised with ImageNet's mean and std
-    loss, stats = model(video, tube_mask(2, (8, 14, 14)))  # pretrain: 90% of the tubes are hidden
+    loss, stats = model(video, tube_mask(2, (8, 14, 14)))  # pretrain
     features = model.encoder(video)                        # use: (2, 1568, 768), a token per tube
 
-`python sigma.py` walks one clip through the method. The parts are defined from small to large;
-`tube_mask`, `sinkhorn` and `symmetric_loss` can each be copied alone.
+`SIGMA.forward` is these six steps; `python sigma.py` walks one clip through them. The best second
+page is the test that writes the loss out by hand, in test_sigma.py. Parts come in the order of the
+steps, from small to large; `tube_mask`, `sinkhorn` and `symmetric_loss` can each be copied alone.
 
 Shapes   B clips of 3 x T x H x W pixels   N tubes of a clip = V visible + M hidden
-         D width of a token   E width of features and prototypes   K prototypes   P values of a tube
+         D width of the encoder's tokens, D' of the decoder's   E width of features and prototypes
+         K prototypes   P pixel values of a tube   (t, h, w) a clip's size in tubes
 """
-import argparse
 import math
 import re
 from collections import OrderedDict
@@ -28,32 +40,21 @@ from torch import nn
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class UserError(Exception):
-    """A user's error: scripts show its sentence, without a traceback, and exit with this code."""
-    code = 2
+# --- Step 1: tubes of 2 frames x 16 x 16 pixels, their positions, which of them are hidden --------
 
+def take_tubes(video, tube, index=None):
+    """Video (B, 3, T, H, W) -> its tubes of size tube = (p, q, r), those at index (B, n) or all N:
+    (B, n, 3, p, q, r)."""
+    if any(size % step for size, step in zip(video.shape[2:], tube)):
+        raise ValueError(f"clips of {tuple(video.shape[2:])} frames, rows and columns can't be cut "
+                         f"into tubes of {tuple(tube)}")
+    p, q, r = tube
+    tubes = rearrange(video, "b c (t p) (h q) (w r) -> b t h w c p q r", p=p, q=q, r=r)  # a view
+    if index is None:
+        return tubes.flatten(1, 3)
+    (h, w), clip = tubes.shape[2:4], torch.arange(len(video), device=video.device)[:, None]
+    return tubes[clip, index // (h * w), index // w % h, index % w]  # copies only the chosen tubes
 
-class RunError(UserError):
-    """A run that can't go on; its message says why and what is left."""
-    code = 1
-
-
-def fill(model, weights, source):
-    """Loads weights into a model and returns it. Raises UserError with what differs, if any."""
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:  # names that are missing, left over, or of another shape
-        differ = " ".join(str(error).split()[6:])[:2000]
-        raise UserError(f"the weights in {source} don't fit: {differ}") from error
-    return model
-
-
-def depth_of(weights, prefix):
-    """How many blocks a network with these weights has at the prefix."""
-    return len({n[len(prefix) + 1:].split(".")[0] for n in weights if n.startswith(prefix + ".")})
-
-
-# --- Tubes: a clip in pieces of 2 frames x 16 x 16 pixels, their positions, which are hidden ------
 
 def positions(n, dim, device=None):
     """Fixed sinusoids over the flattened (t h w) index of a tube: (n, dim) float32, never trained.
@@ -73,10 +74,10 @@ def tube_mask(batch, grid, ratio=0.9, generator=None):
     tubes form one dense batch. grid: the clip's size (t, h, w) in tubes. generator: on the CPU.
     """
     t, h, w = grid
-    hidden = int(ratio * h * w)
-    if not 0 < hidden < h * w:
-        raise ValueError(f"ratio {ratio} hides {hidden} of {h * w} tubes in a slice: all or none")
-    chosen = torch.rand(batch, h * w, generator=generator).argsort(dim=1)[:, :hidden]
+    number = int(ratio * h * w)
+    if not 0 < number < h * w:
+        raise ValueError(f"ratio {ratio} hides {number} of {h * w} tubes in a slice: all or none")
+    chosen = torch.rand(batch, h * w, generator=generator).argsort(dim=1)[:, :number]
     mask = torch.zeros(batch, h * w, dtype=torch.bool).scatter_(1, chosen, True)  # one slice
     return mask.repeat(1, t)  # B N
 
@@ -84,40 +85,16 @@ def tube_mask(batch, grid, ratio=0.9, generator=None):
 def split_mask(mask, device=None):
     """Mask (B, N), True where hidden -> ascending indices of visible (B, V), hidden tubes (B, M).
 
-    Give it on the CPU: V and M are Python numbers, and a mask on a GPU would make us wait.
+    Pass a CPU mask: V and M are needed as ints, and reading them from a GPU would force a sync.
     """
-    hidden = mask.sum(dim=1).tolist()
-    if len(set(hidden)) != 1:
-        raise ValueError(f"all clips of a batch must hide the same number of tubes, not {hidden}")
+    numbers = mask.sum(dim=1).tolist()
+    if len(set(numbers)) != 1:
+        raise ValueError(f"all clips of a batch must hide the same number of tubes, not {numbers}")
     order = mask.to(device, non_blocking=True).byte().argsort(dim=1, stable=True)  # visible first
-    return order.split([mask.shape[1] - hidden[0], hidden[0]], dim=1)
+    return order.split([mask.shape[1] - numbers[0], numbers[0]], dim=1)
 
 
-def take_tubes(video, tube, index=None):
-    """Video (B, 3, T, H, W) -> its tubes of size tube = (p, q, r), those at index (B, n) or all N:
-    (B, n, 3, p, q, r)."""
-    if any(size % step for size, step in zip(video.shape[2:], tube)):
-        raise ValueError(f"clips of {tuple(video.shape[2:])} frames, rows and columns can't be cut "
-                         f"into tubes of {tuple(tube)}")
-    p, q, r = tube
-    grid = rearrange(video, "b c (t p) (h q) (w r) -> b t h w c p q r", p=p, q=q, r=r)  # a view
-    if index is None:
-        return grid.flatten(1, 3)
-    (h, w), clip = grid.shape[2:4], torch.arange(len(video), device=video.device)[:, None]
-    return grid[clip, index // (h * w), index // w % h, index % w]  # copies the chosen tubes alone
-
-
-def standardise(x, dim):
-    """Zero mean and unit (unbiased) variance along dim; 1e-6 keeps constant tubes finite."""
-    return (x - x.mean(dim, keepdim=True)) / (x.std(dim, keepdim=True) + 1e-6)
-
-
-def at_least_fp32(x):
-    """x in float32 if it has fewer bits; float64 stays float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-# --- The video model: a ViT sees the visible tubes, a light decoder predicts features of the rest -
+# --- Step 2: the video model: a ViT sees the visible tubes, a light decoder predicts the rest -----
 
 class Attention(nn.Module):
     """Multi-head self-attention over (B, n, D). Queries and values have a bias, keys have none."""
@@ -197,7 +174,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Light transformer on tokens (B, N, D') with the M hidden ones last -> their (B, M, E)."""
+    """Light transformer on tokens (B, N, D') whose last `number` are asked for: (B, number, E)."""
 
     def __init__(self, *, dim, depth, heads, out):
         super().__init__()
@@ -207,11 +184,21 @@ class Decoder(nn.Module):
         self.head = nn.Linear(dim, out)
         self.apply(init_linear)
 
-    def forward(self, x, hidden):
-        return self.head(self.norm(self.blocks(x)[:, -hidden:]))
+    def forward(self, x, number):
+        return self.head(self.norm(self.blocks(x)[:, -number:]))
 
 
-# --- The projection network: an MLP on pixels (SIGMA-MLP), or a frozen image ViT (SIGMA-DINO) -----
+# --- Step 3: the projection network: an MLP on pixels (SIGMA-MLP) or a frozen ViT (SIGMA-DINO) ----
+
+def standardise(x, dim):
+    """Zero mean and unit (unbiased) variance along dim; 1e-6 keeps constant tubes finite."""
+    return (x - x.mean(dim, keepdim=True)) / (x.std(dim, keepdim=True) + 1e-6)
+
+
+def at_least_fp32(x):
+    """x in float32 if it has fewer bits; float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
 
 def projector(pixels, dim, widths=(1024, 1024, 512)):
     """The projection network of SIGMA-MLP: P standardised pixel values of a tube -> E numbers."""
@@ -222,38 +209,39 @@ def projector(pixels, dim, widths=(1024, 1024, 512)):
     return nn.Sequential(*layers, nn.Linear(pixels, dim))
 
 
-# target: (width of its features, weights, how their SHA-256 begins; not known for ViT-S)
-_URL = "https://dl.fbaipublicfiles.com/dino/"
-DINO = {"dino": (768, _URL + "dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", "bf34ad0f42"),
-        "dino-s": (384, _URL + "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth", "")}
-TARGETS = ("mlp", "pixel", *DINO)
+def dino_weights(weights):
+    """DINO's state dict -> the same in the names of Encoder, its class token (1, 1, E) with its
+    position added, and the positions of its patches (1, E, side, side)."""
+    weights = {name: w for name, w in weights.items() if not name.startswith("head.")}
+    position, token = weights.pop("pos_embed"), weights.pop("cls_token")
+    weights["patch_embed.proj.weight"] = weights["patch_embed.proj.weight"][:, :, None]
+    for name in [name for name in weights if name.endswith("qkv.bias")]:
+        query, _, value = weights.pop(name).chunk(3)  # a bias of keys cancels in the softmax
+        weights |= {name.replace("qkv.", "q_"): query, name.replace("qkv.", "v_"): value}
+    side = math.isqrt(position.shape[1])
+    patches = rearrange(position[:, 1:], "1 (h w) e -> 1 e h w", h=side)
+    return weights, token + position[:, :1], patches
 
 
 class Teacher(nn.Module):
     """The projection network of SIGMA-DINO: a frozen ViT on the first frame of each tubelet.
 
-    weights: DINO's state dict; width, depth and patch size are read off it, heads are 64 wide as in
-    all of DINO's. tube: the video model's; frames are resized so that each tube is one patch. Not a
-    part of SIGMA, so it is in no checkpoint. Raises UserError if the weights don't fit.
+    weights: DINO's state dict; width, depth and patch size are inferred from it; DINO's heads are
+    always 64 wide. tube: the video model's; frames are resized so that each tube is one patch. Not
+    a part of SIGMA, so it is in no checkpoint. Raises UserError if the weights don't fit.
     """
 
     def __init__(self, weights, tube=(2, 16, 16)):
         super().__init__()
-        weights = {n: w for n, w in weights.items() if not n.startswith("head.")}  # of its training
-        position, token = weights.pop("pos_embed"), weights.pop("cls_token")
-        weights["patch_embed.proj.weight"] = weights["patch_embed.proj.weight"][:, :, None]
-        dim, _, *patch = weights["patch_embed.proj.weight"].shape  # E 3 1 patch patch
-        for name in [name for name in weights if name.endswith("qkv.bias")]:
-            query, _, value = weights.pop(name).chunk(3)  # a bias of keys cancels in the softmax
-            weights |= {name.replace("qkv.", "q_"): query, name.replace("qkv.", "v_"): value}
-        vit = Encoder(dim=dim, depth=depth_of(weights, "blocks"), heads=dim // 64, tube=patch)
+        weights, token, position = dino_weights(weights)
+        self.tube, (self.dim, _, *patch) = tuple(tube), weights["patch_embed.proj.weight"].shape
+        vit = Encoder(dim=self.dim, depth=depth_of(weights, "blocks"), heads=self.dim // 64,
+                      tube=patch)
         self.vit = fill(vit, weights, "the teacher's file").requires_grad_(False)
-        self.tube, self.dim = tuple(tube), dim
-        self.register_buffer("token", token + position[:, :1])  # 1 1 E
-        self.register_buffer("position", rearrange(  # 1 E side side
-            position[:, 1:], "1 (h w) e -> 1 e h w", h=math.isqrt(position.shape[1])))
+        self.register_buffer("token", token)  # 1 1 E
+        self.register_buffer("position", position)  # 1 E side side
 
-    @torch.no_grad()
+    @torch.no_grad()  # frozen
     def forward(self, video):
         """video (B, 3, T, H, W), normalised -> its patch tokens (B, N, E), in (t h w) order."""
         frames, patch = video[:, :, ::self.tube[0]].float(), self.vit.tube[1:]  # B 3 t H W
@@ -273,52 +261,49 @@ class Teacher(nn.Module):
         return rearrange(x, "(b t) n e -> b (t n) e", b=len(video))
 
 
-# --- Prototypes: balanced assignments by Sinkhorn, and the loss -----------------------------------
+# --- Steps 5 and 6: balanced assignments by Sinkhorn, and the loss --------------------------------
 
 @torch.no_grad()  # an assignment is a target: no gradient flows through it
-def sinkhorn(scores, eps=0.05, iters=10, group=None):
-    """Soft assignment of N tubes to K prototypes that uses all prototypes equally (paper, method
+def sinkhorn(scores, eps=0.05, iters=10, group=None, hard=False):
+    """Assignment of N tubes to K prototypes that uses all prototypes equally (paper, method
     section; Sinkhorn-Knopp as in SwAV).
 
-    scores: (N, K) cosines in [-1, 1], or a list of such matrices, each balanced by itself, with one
-    all-reduce per iteration for all.
-    eps: entropic regularisation, 0.005 and more. group: of torch.distributed; under it N is this
-    rank's part, and the balance holds over all ranks' tubes. Returns the same shape(s), float32 or
-    better: rows sum to 1, columns to about N / K over the whole batch.
+    scores: (N, K), cosines; any finite numbers up to 1e35 give a finite result. eps: 0.005 or more;
+    smaller is closer to a hard assignment. iters: 1 or more. group: of torch.distributed; under it
+    N is this rank's part, and the balance holds over all ranks' tubes. Returns (N, K), float32 or
+    better: rows sum to 1, columns to about N / K over the whole batch. hard: each row's largest
+    entry instead, (N,) indices, for which nothing N x K need be scaled twice.
 
     The assignment is diag(u) A diag(v) with A = exp(scores / eps). Only the vectors u and v change:
     an iteration is two products of A with a vector, and nothing N x K is rewritten.
     """
-    branches = [scores] if isinstance(scores, torch.Tensor) else scores
-    branches = [s.to(torch.promote_types(s.dtype, torch.float32)) for s in branches]
-    parallel = dist.is_available() and dist.is_initialized()
-    with torch.autocast(branches[0].device.type, enabled=False):
+    def over_ranks(x, op=dist.ReduceOp.SUM):
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(x, op, group=group)
+        return x
+
+    with torch.autocast(scores.device.type, enabled=False):
         # exp(2 / 0.005) overflows. A column's factor belongs to v, which the first iteration sets;
         # a row's to u. So column and row maxima can go, exactly, and each row of A keeps a 1.
-        peaks = torch.stack([s.amax(dim=0) for s in branches])  # branches K
-        if parallel:
-            dist.all_reduce(peaks, dist.ReduceOp.MAX, group=group)
-        kernels = [s - peak for s, peak in zip(branches, peaks)]  # N K each
-        rows = [kernel.amax(dim=1, keepdim=True) for kernel in kernels]  # N 1 each
-        us = [row.div(eps).exp_().squeeze(1) for row in rows]  # N each
-        kernels = [kernel.sub_(row).div_(eps).exp_() for kernel, row in zip(kernels, rows)]
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        A = scores - over_ranks(scores.amax(dim=0), dist.ReduceOp.MAX)  # N K
+        top = A.amax(dim=1, keepdim=True)  # N 1
+        u, A = (top / eps).exp().squeeze(1), A.sub_(top).div_(eps).exp_()  # N; N K
         for _ in range(iters):
-            totals = torch.stack([u @ kernel for u, kernel in zip(us, kernels)])  # branches K
-            if parallel:
-                dist.all_reduce(totals, group=group)
             # All prototypes get the same total over all ranks. The next u undoes any factor of v,
-            # so v need not make it 1 / K, but is scaled to a largest value of 1.
-            vs = totals.amin(dim=1, keepdim=True) / totals
-            us = [(kernel @ v).reciprocal_() for kernel, v in zip(kernels, vs)]  # rows sum to 1
-        soft = [kernel.mul_(v).mul_(u[:, None]) for kernel, u, v in zip(kernels, us, vs)]
-    return soft[0] if isinstance(scores, torch.Tensor) else soft
+            # so v need not make it 1 / K: its largest entry is 2^60, and none underflows to 0, from
+            # which it could not come back.
+            totals = over_ranks(u @ A)  # K
+            v = (2.0 ** 60 * totals.amin() / totals).clamp_(min=2.0 ** -100)  # K
+            u = (A @ v).reciprocal_()  # N: each tube's row sums to 1
+        return A.mul_(v).argmax(dim=1) if hard else A.mul_(v).mul_(u[:, None])
 
 
 def symmetric_loss(video_scores, target_scores, video_assignment, target_assignment,
                    temperature=0.1):
     """Each branch predicts the other's prototype (paper, method section): two cross-entropies.
 
-    Scores (N, K) are cosines, assignments (N,) the number of each tube's prototype. Returns the
+    Scores (N, K) are cosines, assignments (N,) the index of each tube's prototype. Returns the
     loss and its terms, detached means over tubes, each about ln K at the start of training.
     """
     target_term = F.cross_entropy(target_scores / temperature, video_assignment)
@@ -334,15 +319,28 @@ def usage(assignment, k):
     return (share > 0).sum(), torch.special.entr(share).sum()
 
 
-# --- SIGMA ----------------------------------------------------------------------------------------
+def spreads(predicted, embedded):
+    """Standard deviation of both networks' features (B, M, E) over all tubes, mean over E: it goes
+    to 0 when they collapse."""
+    both = {"video_std": predicted, "target_std": embedded}
+    return {name: x.detach().float().flatten(0, 1).std(dim=0).mean() for name, x in both.items()}
+
+
+# --- The six steps --------------------------------------------------------------------------------
+
+DINO_WIDTHS = {"dino": 768, "dino-s": 384}  # of the teachers' features
+TARGETS = ("mlp", *DINO_WIDTHS, "pixel", "l2")
+
 
 class SIGMA(nn.Module):
     """The two networks, the prototypes between them, and the loss.
 
-    target, what the projection network sees: "mlp" (pixels of the hidden tubes, through a trained
-    MLP), "dino" or "dino-s" (a Teacher's features, target_dim wide; nothing to train), or "pixel"
-    (VideoMAE, the baseline: regress the pixels, no prototypes). eps, iters: Sinkhorn's.
-    temperature: the cross-entropies'. Weights start as in the published code.
+    target, what the video model learns to predict: "mlp" (an MLP's features of the hidden tubes'
+    pixels; it learns along), "dino" or "dino-s" (a Teacher's features, target_dim wide; nothing to
+    train), and two baselines without prototypes: "pixel" (VideoMAE: regress the pixels) and "l2"
+    (regress the MLP's features, without anything that keeps both networks from a constant).
+    eps, iters: Sinkhorn's. temperature: the cross-entropies'. Weights start as in the published
+    code.
     """
 
     def __init__(self, *, dim, depth, heads, decoder_dim, decoder_depth, decoder_heads,
@@ -359,9 +357,9 @@ class SIGMA(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.decoder = Decoder(dim=decoder_dim, depth=decoder_depth, heads=decoder_heads, out=out)
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
-        if target == "mlp":
+        if target in ("mlp", "l2"):
             self.projector = projector(pixels, target_dim, projector_widths)
-        if target != "pixel":
+        if target not in ("pixel", "l2"):
             self.prototypes = nn.Parameter(torch.randn(prototypes, target_dim))
 
     def forward(self, video, mask, features=None):
@@ -369,29 +367,29 @@ class SIGMA(nn.Module):
 
         video (B, 3, T, H, W), normalised; mask (B, N) bool, True where hidden, on the CPU;
         features (B, N, E), for DINO's targets alone: the Teacher's, of all tubes.
-        Returns the loss and a dictionary of detached statistics; means over ranks are those of the
-        whole batch, but prototypes_used and the entropies count this rank's tubes.
+        Returns the loss and a dictionary of detached statistics: scalars, whose means over ranks
+        are those of the whole batch (but prototypes_used, entropies and spreads are of this rank's
+        tubes), and both assignments (B*M,).
         """
         shape = len(video), math.prod(video.shape[2:]) // math.prod(self.encoder.tube)
         if mask.shape != shape:
             raise ValueError(f"these clips need a mask of shape {shape}, not {tuple(mask.shape)}")
         visible, hidden = split_mask(mask, video.device)  # 1. hide most of the tubes: B V, B M
         predicted = self.predict(video, visible, hidden)  # 2. the video model's guess: B M E
-        target = self.embed(video, hidden, features)  # 3. the projection network: B M E
-        if self.target == "pixel":
-            loss = F.mse_loss(at_least_fp32(predicted), target)
-            return loss, {"pixel_term": loss.detach()}
-        scores = self.compare(predicted, target)  # 4. cosines to the prototypes: two of (B*M K)
+        embedded = self.embed(video, hidden, features)  # 3. the projection network: B M E
+        if self.target in ("pixel", "l2"):  # the baselines end here; l2 trains both networks
+            loss = F.mse_loss(at_least_fp32(predicted), embedded)
+            return loss, {f"{self.target}_term": loss.detach(), **spreads(predicted, embedded)}
+        scores = self.compare(predicted, embedded)  # 4. cosines to the prototypes: two of (B*M K)
         video_assignment, target_assignment = (  # 5. balanced assignments: two of (B*M)
-            soft.argmax(dim=1) for soft in sinkhorn(scores, self.eps, self.iters))
-        loss, stats = symmetric_loss(  # 6. each branch predicts the other's
+            sinkhorn(x.detach(), self.eps, self.iters, hard=True) for x in scores)
+        loss, terms = symmetric_loss(  # 6. each branch predicts the other's
             *scores, video_assignment, target_assignment, self.temperature)
         used, entropy = usage(video_assignment, len(self.prototypes))
         _, target_entropy = usage(target_assignment, len(self.prototypes))
-        return loss, stats | dict(
-            video_assignment=video_assignment, target_assignment=target_assignment, entropy=entropy,
-            target_entropy=target_entropy, prototypes_used=used,
-            log_k=torch.full_like(entropy, math.log(len(self.prototypes))))
+        return loss, terms | spreads(predicted, embedded) | dict(
+            entropy=entropy, target_entropy=target_entropy, prototypes_used=used,
+            video_assignment=video_assignment, target_assignment=target_assignment)
 
     def predict(self, video, visible, hidden):
         """The video model: features of the hidden tubes from the visible ones, (B, M, E)."""
@@ -403,7 +401,7 @@ class SIGMA(nn.Module):
 
     def embed(self, video, hidden, features=None):
         """The projection network: the true content of the hidden tubes as features, (B, M, E)."""
-        if self.target in DINO:
+        if self.target in DINO_WIDTHS:
             n = math.prod(video.shape[2:]) // math.prod(self.encoder.tube)
             shape = (len(video), n, self.prototypes.shape[1])
             if features is None or features.shape != shape:
@@ -416,8 +414,8 @@ class SIGMA(nn.Module):
         pixels = standardise(pixels, dim=2).flatten(2)  # per tube and channel: B M P
         return pixels if self.target == "pixel" else self.projector(pixels)
 
-    def compare(self, predicted, target):
-        """Cosines of both branches' features (B, M, E) to the prototypes: [(B*M, K), (B*M, K)].
+    def compare(self, predicted, embedded):
+        """Cosines of both branches' features (B, M, E) to the prototypes: two of (B*M, K).
 
         The prototypes learn from the projection network's side alone: the video model's scores see
         them detached, else both sides would drift together.
@@ -426,9 +424,9 @@ class SIGMA(nn.Module):
             self.prototypes.data.copy_(F.normalize(self.prototypes.data, dim=1))
         prototypes = self.prototypes if self.training else F.normalize(self.prototypes, dim=1)
         with torch.autocast(predicted.device.type, enabled=False):  # bf16 changes 1% of assignments
-            predicted, target = (F.normalize(at_least_fp32(x).flatten(0, 1), dim=1)
-                                 for x in (predicted, target))
-            return [predicted @ prototypes.detach().T, target @ prototypes.T]
+            predicted, embedded = (F.normalize(at_least_fp32(x).flatten(0, 1), dim=1)
+                                   for x in (predicted, embedded))
+            return predicted @ prototypes.detach().T, embedded @ prototypes.T
 
 
 SIZES = {
@@ -443,8 +441,9 @@ SIZES = {
 
 def sizes_for(size="base", target="mlp", **changes):
     """Keyword arguments of SIGMA for a size in SIZES; prototypes are as wide as DINO's features."""
-    width = {"target_dim": DINO[target][0]} if target in DINO else {}
-    return {"tube": (2, 16, 16), "target": target, **SIZES[size], **width, **changes}
+    width = {"target_dim": DINO_WIDTHS[target]} if target in DINO_WIDTHS else {}
+    return {"tube": (2, 16, 16), "prototypes": 3000, "target": target, **SIZES[size], **width,
+            **changes}
 
 
 def build_model(size="base", **changes):
@@ -452,80 +451,89 @@ def build_model(size="base", **changes):
     return SIGMA(**sizes_for(size, **changes))
 
 
-# --- Checkpoints: ours, and the published pretraining ones ----------------------------------------
+# --- Checkpoints of this code; extras/weights.py turns everybody else's into ours -----------------
 
-def read_checkpoint(path, must_have="encoder.patch_embed.proj.weight"):
-    """A checkpoint (a file, or a run's folder) as a dictionary; "model" has the weights by name.
+class UserError(Exception):
+    """An error the user can fix: printed without a traceback; code is the exit code."""
+    code = 2
 
-    Accepts the names of this code, the authors' and VideoMAE's; extras/weights.py converts others.
-    must_have: the name of a weight. Runs no code from the file. Raises UserError.
-    """
-    path = Path(path, "last.pt") if Path(path).is_dir() else Path(path)
-    others = ", ".join(str(p) for p in sorted(path.parent.glob("*.pt")) if p != path)
-    beside = f"; beside it there is {others}" if others else ""
-    if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}{beside}")
+
+class RunError(UserError):
+    """A run that can't go on; its message says why and what is left."""
+    code = 1
+
+
+def depth_of(weights, prefix):
+    """Number of transformer blocks under `prefix` in a state dict."""
+    return len({n[len(prefix) + 1:].split(".")[0] for n in weights if n.startswith(prefix + ".")})
+
+
+def fill(module, weights, source):
+    """Loads a state dict into a module, all of it, and returns the module. Raises UserError with
+    the names of weights that are missing, left over, or of another shape."""
+    here, there = ({name: tuple(w.shape) for name, w in x.items()}
+                   for x in (module.state_dict(), weights))
+    differ = [f"{name} is {there.get(name, 'missing')}, not {here.get(name, 'part of it')}"
+              for name in here | there if here.get(name) != there.get(name)]
+    if differ:
+        raise UserError(f"the weights in {source} don't fit: {'; '.join(differ)[:2000]}")
+    module.load_state_dict(weights)
+    return module
+
+
+def read_file(path):
+    """The dictionary in a file of torch.save. Runs no code from it. Raises UserError."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # older files keep flags in it
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        content = content if "model" in content else {"model": content.get("module", content)}
-        weights = {re.sub(r"^head\.(?=\d)", "projector.", name.removeprefix("module.")): weight
-                   for name, weight in content["model"].items()}
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return dict(content)
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from error
     except Exception as error:  # whatever a damaged or foreign file brings about
         # GLOBAL: code that it asks for; else the first line
         reason = (re.search(r"GLOBAL \S+", str(error)) or re.match(r".{,200}", str(error)))[0]
-        raise UserError(f"{path} can't be read as a checkpoint ({reason}){beside}") from error
-    if not isinstance(weights.get(must_have), torch.Tensor):
-        raise UserError(f"{path} lacks {must_have}; extras/weights.py converts fine-tuned and "
-                        "Hugging Face checkpoints")
-    return content | {"model": weights}
+        raise UserError(f"{path} holds no plain weights ({reason})") from error
 
 
-def sizes_of(weights):
-    """Keyword arguments of SIGMA that fit published weights, or of Encoder if there is no more.
-
-    Shapes tell all but the number of heads: that of the entry in SIZES with this width, or None.
-    """
-    dim, _, *tube = weights["encoder.patch_embed.proj.weight"].shape
-    row = next((row for row in SIZES.values() if row["dim"] == dim), {})
-    sizes = dict(dim=dim, depth=depth_of(weights, "encoder.blocks"), heads=row.get("heads"),
-                 tube=tuple(tube))
-    if "mask_token" not in weights:
-        return sizes
-    sizes |= dict(decoder_dim=weights["mask_token"].shape[2], target="pixel",
-                  decoder_depth=depth_of(weights, "decoder.blocks"),
-                  decoder_heads=row.get("decoder_heads"))
-    if "prototypes" in weights:
-        number, width = weights["prototypes"].shape
-        widths = [len(w) for name, w in weights.items() if re.match(r"projector\.\d+\.bias", name)]
-        dino = "dino-s" if width == DINO["dino-s"][0] else "dino"
-        sizes |= dict(target="mlp" if widths else dino, target_dim=width, prototypes=number,
-                      projector_widths=widths[:-1])
-    return sizes
+def read_checkpoint(path):
+    """A checkpoint of this code, a file or a run's folder, as a dictionary: "model" has the weights
+    by name, "sizes" the network's keyword arguments, "args" the run's flags. Raises UserError."""
+    path = Path(path, "last.pt") if Path(path).is_dir() else Path(path)
+    try:
+        content = read_file(path)
+        if not {"model", "sizes"} <= content.keys():
+            raise UserError(f"{path} was not written by this code")
+    except UserError as error:
+        others = ", ".join(str(p) for p in sorted(path.parent.glob("*.pt")) if p != path)
+        beside = f"; beside it there is {others}" if others else ""
+        raise UserError(f"{error}{beside}. Other people's checkpoints become ours by `python "
+                        "extras/weights.py import`") from error
+    return content
 
 
-def load_model(path, **changes):
-    """The SIGMA of a pretraining checkpoint, ours, the authors' or VideoMAE's; of a fine-tuned one
-    a module with its `encoder` alone. model.encoder(video) gives tokens for clips of any size that
-    the tube divides.
-
-    All weights are loaded, or UserError says what differs. changes: sizes that the file can't tell,
-    heads and decoder_heads of networks whose width is not in SIZES.
-    """
+def load_model(path):
+    """The SIGMA of a pretraining checkpoint; model.encoder(video) gives tokens for clips of any
+    size that the tube divides. All weights are loaded, or UserError says what differs."""
     content = read_checkpoint(path)
-    weights = content["model"]
-    sizes = (content.get("sizes") or sizes_of(weights)) | changes
-    for heads, dim in (("heads", "dim"), ("decoder_heads", "decoder_dim")):
-        if dim in sizes and (not sizes[heads] or sizes[dim] % sizes[heads]):
-            raise UserError(f"{path} does not tell how many {heads} it has: give {heads}=")
-    if "decoder_dim" in sizes:
-        return fill(SIGMA(**sizes), weights, path)
-    encoder = Encoder(**{name: sizes[name] for name in ("dim", "depth", "heads", "tube")})
-    if "encoder.norm.weight" not in weights:  # fine-tuned: another norm, behind the mean
-        encoder.norm = nn.Identity()
-    weights = {name: w for name, w in weights.items() if name.startswith("encoder.")}
-    return fill(nn.ModuleDict({"encoder": encoder}), weights, path)
+    if "decoder_dim" not in content["sizes"]:
+        raise UserError(f"{path} holds an encoder without its pretraining: sigma.load_encoder "
+                        "reads it")
+    return fill(SIGMA(**content["sizes"]), content["model"], path)
 
+
+def load_encoder(path):
+    """The Encoder of any checkpoint of this code. That of a fine-tuned one has no norm: its
+    classifier has another behind the mean (fc_norm). Raises UserError if weights don't fit."""
+    content = read_checkpoint(path)
+    sizes = {name: content["sizes"][name] for name in ("dim", "depth", "heads", "tube")}
+    encoder = Encoder(**sizes)
+    if "fc_norm.weight" in content["model"]:
+        encoder.norm = nn.Identity()
+    weights = {name.removeprefix("encoder."): w for name, w in content["model"].items()
+               if name.startswith("encoder.")}
+    return fill(encoder, weights, path)
+
+
+# --- python sigma.py ------------------------------------------------------------------------------
 
 @torch.no_grad()
 def walk():
@@ -534,14 +542,14 @@ def walk():
     model, mask = build_model("small").eval(), tube_mask(1, (8, 14, 14))
     clip = F.interpolate(torch.randn(1, 3, 16, 14, 14), (16, 224, 224), mode="trilinear")  # smooth
     visible, hidden = split_mask(mask)
-    predicted, target = model.predict(clip, visible, hidden), model.embed(clip, hidden)
-    scores = model.compare(predicted, target)
-    soft = sinkhorn(scores)
-    loss, _ = symmetric_loss(*scores, *(s.argmax(dim=1) for s in soft))
+    predicted, embedded = model.predict(clip, visible, hidden), model.embed(clip, hidden)
+    scores = model.compare(predicted, embedded)
+    soft = [sinkhorn(x) for x in scores]
+    loss, _ = symmetric_loss(*scores, *(x.argmax(dim=1) for x in soft))
     for step, x in (("  a clip, normalised RGB", clip),
                     ("1 90% of its 8 x 14 x 14 tubes are hidden, the same in each slice", hidden),
                     ("2 the video model predicts features for them from the others", predicted),
-                    ("3 the projection network: features of their pixels", target),
+                    ("3 the projection network: features of their pixels", embedded),
                     ("4 cosines of both to the prototypes", scores[0]),
                     ("5 Sinkhorn: both assigned to prototypes, in equal shares", soft[0]),
                     (f"6 each predicts the other's: the loss is {loss:.2f}", loss)):

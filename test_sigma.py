@@ -1,15 +1,28 @@
-"""What each part of SIGMA must do, as short tests: python -m pytest -q. No network, no GPU."""
+"""What each part of SIGMA must do, as short tests: python -m pytest -q. No network.
+
+Read TestMethod first: it says in code what the paper says in words. The tests run on the CPU, also
+where there is a GPU; a few, marked so, run on a GPU if there is one.
+"""
+import contextlib
+import errno
+import glob
 import inspect
 import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
+import zlib
 from itertools import islice
 from pathlib import Path
-from signal import SIGINT, SIGKILL, SIGTERM, SIGUSR1
+from signal import SIGALRM, SIGCHLD, SIGHUP, SIGINT, SIGKILL, SIGTERM, SIGUSR1
+
+GPUS = os.environ.setdefault("TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # hidden from the tests and from what they start
 
 import av
 import pytest
@@ -22,6 +35,8 @@ from torchvision.utils import save_image
 import data
 import sigma
 import train
+from extras import evaluate
+from extras import run as running
 from sigma import Teacher, UserError, build_model, load_model, sinkhorn, split_mask, tube_mask
 
 HERE = Path(__file__).resolve().parent
@@ -40,13 +55,28 @@ def small(target="mlp"):
                        decoder_depth=1, target_dim=16, prototypes=20).double()
 
 
-def plain_sinkhorn(scores, eps=0.05, iters=10):
-    """The textbook iteration in float64."""
-    q = (scores.double() / eps).exp()
+AUTHORS = json.loads((HERE / "assets" / "authors.json").read_text())
+
+
+def by_formula(name, shape):
+    """Numbers that anyone can make again: value i of the tensor of this name."""
+    i, seed = torch.arange(math.prod(shape)).double(), zlib.crc32(name.encode()) % 1000
+    return torch.sin(i * (1.7 + seed / 1000) + 0.013 * (i * i) + seed).view(shape)
+
+
+def two_numbers(x):
+    x = x.detach().flatten()
+    return [x.norm().item(), (x * torch.linspace(-1, 1, len(x), dtype=x.dtype)).sum().item()]
+
+
+def sinkhorn_in_logs(scores, eps=0.05, iters=10):
+    """The definition, as SwAV has it, in float64: each prototype's total, then each tube's, is made
+    the same in turns; logarithms neither overflow nor underflow."""
+    q = scores.double() / eps
     for _ in range(iters):
-        q = q / q.sum(dim=0)
-        q = q / q.sum(dim=1, keepdim=True)
-    return q
+        q = q - q.logsumexp(dim=0)
+        q = q - q.logsumexp(dim=1, keepdim=True)
+    return q.exp()
 
 
 def dino(side=2, width=128):
@@ -66,6 +96,72 @@ def dino(side=2, width=128):
 
 
 class TestMethod:
+    @pytest.mark.parametrize("target", ["mlp", "dino", "pixel", "l2"])
+    def test_the_loss_and_its_gradient_written_out(self, target):
+        """Targets are standardised; each branch predicts the other's assignment; prototypes learn
+        from the targets' side alone; training steps rescale them first, outside the graph."""
+        model = small(target)
+        start = model.prototypes.detach().clone() if target in ("mlp", "dino") else None
+        quiet, _ = model.eval()(VIDEO, MASK, FEATURES)  # changes no prototypes
+        assert start is None or torch.equal(model.prototypes, start)
+        pixels = rearrange(VIDEO, "b c (t p) (h q) (w r) -> b (t h w) (p q r) c", p=2, q=8, r=8)
+        pixels = pixels * torch.tensor(sigma.IMAGENET_STD) + torch.tensor(sigma.IMAGENET_MEAN)
+        x, dim = (FEATURES, 1) if target == "dino" else (pixels, 2)  # over all tubes, or in each
+        x = (x - x.mean(dim, keepdim=True)) / (x.std(dim, keepdim=True) + 1e-6)
+        x = x[MASK].flatten(1)  # of hidden tubes, in the order frame, row, column, channel
+        embedded = model.projector(x) if target in ("mlp", "l2") else x
+        predicted = model.predict(VIDEO, VISIBLE, HIDDEN).flatten(0, 1)
+        loss, stats = model.train()(VIDEO, MASK, FEATURES)
+        if start is None:  # the baselines; with l2 both networks learn
+            wanted = (predicted - embedded).square().mean()
+        else:
+            assert torch.equal(model.prototypes, F.normalize(start, dim=1))
+            scores = (F.normalize(predicted, dim=1) @ model.prototypes.detach().T,
+                      F.normalize(embedded, dim=1) @ model.prototypes.T)
+            hard = [sinkhorn_in_logs(x.detach()).argmax(dim=1) for x in scores]
+            wanted = -sum((x / 0.1).log_softmax(dim=1)[range(96), other].mean()
+                          for x, other in zip(scores, reversed(hard)))
+        assert torch.allclose(loss, wanted, rtol=1e-6) and torch.allclose(loss, quiet)
+        for name, features in (("video_std", predicted), ("target_std", embedded)):
+            assert torch.allclose(stats[name].double(), features.std(dim=0).mean())
+        gradients = (torch.autograd.grad(x, list(model.parameters())) for x in (loss, wanted))
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(*gradients))
+
+    @pytest.mark.parametrize("target", ["mlp", "dino", "pixel"])
+    def test_loss_assignments_and_gradients_equal_the_authors_code(self, target):
+        """assets/authors.json holds what their code gives for weights and a clip that `by_formula`
+        makes; of larger tensors the norm, and the sum of the values times -1 to 1."""
+        hidden = torch.tensor(AUTHORS["hidden"])  # of each slice's nine places
+        mask = torch.zeros(2, 9, dtype=torch.bool).scatter_(1, hidden, True).repeat(1, 4)
+        model = build_model("small", target=target, dim=48, depth=2, heads=3, decoder_dim=32,
+                            decoder_depth=1, decoder_heads=2, eps=0.05,
+                            **{"mlp": dict(target_dim=20, prototypes=12), "pixel": {},
+                               "dino": dict(target_dim=24, prototypes=15)}[target]).double()
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                value = by_formula(re.sub("^projector", "head", name), p.shape)
+                is_norm = re.search(r"norm\d?\.weight", name)
+                p.copy_(value if name == "prototypes" else 0.08 * value + bool(is_norm))
+        video = 0.5 + 0.5 * by_formula("video", (2, 3, 8, 48, 48))
+        mean, std = (torch.tensor(x, dtype=torch.double).view(3, 1, 1, 1) for x in
+                     (sigma.IMAGENET_MEAN, sigma.IMAGENET_STD))
+        video, wanted = (video - mean) / std, AUTHORS[target]
+        loss, stats = model(video, mask, by_formula("features", (2, 36, 24)))
+        loss.backward()
+        for name in {"loss", "target_term", "video_term"} & wanted.keys():
+            assert stats.get(name, loss).item() == pytest.approx(wanted[name], rel=1e-10)
+        for name in {"target_assignment", "video_assignment"} & wanted.keys():
+            assert stats[name].tolist() == wanted[name]
+        visible, hidden = split_mask(mask)
+        found = {"encoder_visible": model.encoder(video, visible),
+                 "predicted": model.predict(video, visible, hidden)}
+        assert all(two_numbers(found[n]) == pytest.approx(wanted[n], rel=1e-10) for n in found)
+        gradients = {re.sub("^projector", "head", n): p.grad for n, p in model.named_parameters()}
+        assert gradients.keys() == wanted["gradients"].keys()
+        for name, gradient in gradients.items():
+            assert two_numbers(gradient) == pytest.approx(
+                wanted["gradients"][name], rel=1e-10, abs=1e-10), name
+
     def test_positions_and_masks_are_as_published(self):
         """Sinusoids; each clip's tubes are hidden at its own positions, the same in all slices."""
         angle = torch.arange(50)[:, None] / 10000 ** (torch.arange(0, 8, 2) / 8)
@@ -92,46 +188,41 @@ class TestMethod:
         wanted = model.decoder.head(model.decoder.norm(model.decoder.blocks(x)))[:, 8:]
         assert torch.allclose(model.predict(VIDEO, VISIBLE, HIDDEN), wanted, atol=1e-12)
 
-    @pytest.mark.parametrize("target", ["mlp", "dino", "pixel"])
-    def test_the_loss_and_its_gradient_written_out(self, target):
-        """Targets are standardised; each branch predicts the other's assignment; prototypes learn
-        from the targets' side alone; training steps rescale them first, outside the graph."""
-        model = small(target)
-        start = model.prototypes.detach().clone() if target != "pixel" else None
-        quiet, _ = model.eval()(VIDEO, MASK, FEATURES)  # changes no prototypes
-        assert target == "pixel" or torch.equal(model.prototypes, start)
-        pixels = rearrange(VIDEO, "b c (t p) (h q) (w r) -> b (t h w) (p q r) c", p=2, q=8, r=8)
-        pixels = pixels * torch.tensor(sigma.IMAGENET_STD) + torch.tensor(sigma.IMAGENET_MEAN)
-        x, dim = (FEATURES, 1) if target == "dino" else (pixels, 2)  # over all tubes, or in each
-        x = (x - x.mean(dim, keepdim=True)) / (x.std(dim, keepdim=True) + 1e-6)
-        x = x[MASK].flatten(1)  # of hidden tubes, in the order frame, row, column, channel
-        true = model.projector(x) if target == "mlp" else x
-        video = model.predict(VIDEO, VISIBLE, HIDDEN).flatten(0, 1)
-        loss, _ = model.train()(VIDEO, MASK, FEATURES)
-        if target == "pixel":
-            wanted = (video - true).square().mean()
-        else:
-            assert torch.equal(model.prototypes, F.normalize(start, dim=1))
-            scores = (F.normalize(video, dim=1) @ model.prototypes.detach().T,
-                      F.normalize(true, dim=1) @ model.prototypes.T)
-            hard = [plain_sinkhorn(s.detach()).argmax(dim=1) for s in scores]
-            wanted = -sum((s / 0.1).log_softmax(dim=1)[range(96), other].mean()
-                          for s, other in zip(scores, reversed(hard)))
-        assert torch.allclose(loss, wanted, rtol=1e-6) and torch.allclose(loss, quiet)
-        gradients = (torch.autograd.grad(x, list(model.parameters())) for x in (loss, wanted))
-        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(*gradients))
-
     @pytest.mark.parametrize("eps, iters", [(0.005, 10), (0.03, 1), (0.05, 3), (0.1, 10)])
     @pytest.mark.parametrize("scores", [SCORES, torch.eye(30) * 2 - 1, torch.ones(20, 6),
                                         torch.tensor([[1.0, -1, -1]] * 50)])
-    def test_sinkhorn_equals_the_plain_iteration(self, scores, eps, iters):
-        """In float32 under autocast too, and for two branches, which share the all-reduces."""
-        plain = plain_sinkhorn(scores, eps, iters)
-        assert torch.allclose(sinkhorn(scores.double(), eps, iters), plain, rtol=1e-9, atol=1e-300)
+    def test_sinkhorn_meets_its_definition(self, scores, eps, iters):
+        """In float32 under autocast too; the hard assignment is each tube's largest share."""
+        wanted = sinkhorn_in_logs(scores, eps, iters)
+        assert torch.allclose(sinkhorn(scores.double(), eps, iters), wanted, rtol=1e-9, atol=1e-300)
         with torch.autocast("cpu", torch.bfloat16):
-            both = sinkhorn([scores, -scores], eps, iters)
-        assert torch.allclose(both[0].double(), plain, rtol=1e-3, atol=1e-6)
-        assert both[1].dtype == sinkhorn(scores.bfloat16()).dtype == torch.float32
+            soft, before = sinkhorn(scores, eps, iters), scores.clone()
+        assert torch.allclose(soft.double(), wanted, rtol=1e-3, atol=1e-6)
+        assert torch.equal(sinkhorn(scores, eps, iters, hard=True), soft.argmax(dim=1))
+        assert torch.equal(scores, before) and sinkhorn(scores.bfloat16()).dtype == torch.float32
+
+    def test_sinkhorn_equals_the_authors(self):
+        scores = 0.9 * by_formula("scores", (60, 8))
+        for eps, rows in AUTHORS["sinkhorn"].items():
+            found = sinkhorn(scores, float(eps))[:3].float()  # as their code returns it
+            assert torch.equal(found, torch.tensor(rows))
+
+    @pytest.mark.parametrize("eps, iters", [(0.005, 10), (0.01, 10), (0.05, 200)])
+    def test_sinkhorn_is_finite_when_features_collapse(self, eps, iters):
+        """When nearly all tubes are alike, and for scores far outside of cosines."""
+        alike = torch.tensor([[1.0, -1.0]] * 8000 + [[-1.0, 1.0]])
+        few = torch.tensor([[0.3, 0.1]] * 12_000 + [[-0.2, 0.5]] * 3)
+        for scores in (alike, few, 1e30 * SCORES):
+            soft = sinkhorn(scores, eps, iters)
+            assert soft.isfinite().all() and torch.allclose(soft.sum(dim=1), torch.ones(len(soft)))
+        assert torch.allclose(sinkhorn(few, eps, iters).double(), sinkhorn_in_logs(few, eps, iters),
+                              atol=1e-3)
+        assert sinkhorn(alike, eps, iters, hard=True)[-1] == 1
+
+    def test_nan_does_not_pass_for_an_assignment(self):
+        model = small()
+        nn.init.constant_(model.decoder.head.bias, math.nan)
+        assert model(VIDEO, MASK)[0].isnan()
 
     def test_sinkhorn_uses_all_prototypes_equally(self):
         scores = SCORES.clone()
@@ -193,34 +284,23 @@ class TestMethod:
         assert torch.allclose(tokens.view(wanted.shape), wanted, atol=1e-4) and not tokens.grad_fn
         assert Teacher(weights, TUBE)(video[..., :16]).shape == (2, 2 * 2 * h * 2, 128)
 
-    @pytest.mark.parametrize("target, e", [("mlp", 256), ("dino-s", 384), ("pixel", 1536)])
-    def test_published_checkpoints_load_wholly_or_stop(self, target, e, tmp_path):
-        """Names and shapes as published, of a ViT-S with one block; flags may lie beside them."""
-        shapes = {"mask_token": (1, 1, 192), "encoder_to_decoder.weight": (192, 384)}
-        layers = {"encoder.patch_embed.proj": (384, 3, 2, 16, 16), "encoder.norm": (384,),
-                  "decoder.norm": (192,), "decoder.head": (e, 192)}
-        if target == "mlp":
-            layers |= {"head.0": (1024, 1536), "head.2": (1024, 1024), "head.4": (512, 1024),
-                       "head.6": (256, 512)}
-        if target != "pixel":
-            shapes["prototypes"] = (3000, e)
-        for block, d in (("encoder.blocks.0.", 384), ("decoder.blocks.0.", 192)):
-            layers |= {block + "norm1": (d,), block + "norm2": (d,), block + "attn.proj": (d, d),
-                       block + "mlp.fc1": (4 * d, d), block + "mlp.fc2": (d, 4 * d)}
-            shapes |= {block + "attn.qkv.weight": (3 * d, d), block + "attn.q_bias": (d,),
-                       block + "attn.v_bias": (d,)}
-        for name, shape in layers.items():
-            shapes |= {name + ".weight": shape, name + ".bias": shape[:1]}
-        content = {"model": {name: torch.randn(shape) for name, shape in shapes.items()}}
-        torch.save(content | {"args": train.parse([]), "epoch": 799}, tmp_path / "a.pth")
-        model = load_model(tmp_path / "a.pth")
-        assert model.target == target and model.encoder.blocks[0].attn.heads == 6
-        for name, weight in content["model"].items():
-            assert torch.equal(model.get_parameter(re.sub("^head", "projector", name)), weight)
-        del content["model"]["decoder.norm.bias"]
-        torch.save(content, tmp_path / "a.pth")
-        with pytest.raises(UserError, match="decoder.norm.bias"):
-            load_model(tmp_path / "a.pth")
+    def test_checkpoints_load_wholly_or_stop(self, tmp_path):
+        model, path = small(), tmp_path / "a.pt"
+        sizes = sigma.sizes_for("tiny", dim=32, depth=2, heads=2, decoder_dim=16, tube=TUBE,
+                                decoder_depth=1, target_dim=16, prototypes=20)
+        content = {"model": model.state_dict(), "sizes": sizes}
+        torch.save(content, path)
+        loaded, encoder = load_model(path).double(), sigma.load_encoder(path).double()
+        assert torch.equal(loaded(VIDEO, MASK)[0], model(VIDEO, MASK)[0])
+        assert torch.equal(encoder(VIDEO), model.encoder(VIDEO))
+        del content["model"]["encoder.norm.bias"]
+        torch.save(content, path)
+        for load in (load_model, sigma.load_encoder):
+            with pytest.raises(UserError, match="norm.bias"):
+                load(path)
+        torch.save({"model": model.state_dict()}, path)  # as other people's files are
+        with pytest.raises(UserError, match="weights.py import"):
+            load_model(path)
 
     def test_damaged_and_harmful_files_stop_and_run_nothing(self, tmp_path):
         harm = {"__reduce__": lambda _: (os.mkdir, (str(tmp_path / "harm"),))}
@@ -234,7 +314,7 @@ class TestMethod:
     def test_parts_can_be_copied_with_their_imports(self):
         source = inspect.getsource(sigma)
         imports = "\n".join(re.findall("^import .*|^from .*", source, re.M))
-        encoder = source[source.index("def positions"):source.index("class Decoder")]
+        encoder = source[source.index("def take_tubes"):source.index("class Decoder")]
         parts = {"tube_mask(2, (2, 4, 4))": inspect.getsource(tube_mask),
                  "sinkhorn(torch.rand(9, 4))": inspect.getsource(sinkhorn),
                  "symmetric_loss": inspect.getsource(sigma.symmetric_loss),
@@ -367,7 +447,7 @@ class TestData:
         monkeypatch.setattr(data, "decode", lambda *a, **o: calls.append(a) or decode(*a, **o))
         write_numbered(tmp_path / "v.mp4")
         clips, keys = clips_of(tmp_path, repeat=2), [(0, 0), (4, 0)]
-        alone, shared = (next(iter(data.loader(clips, 2, keys, workers))) for workers in (0, 2))
+        alone, shared = (next(iter(running.loader(clips, 2, keys, workers))) for workers in (0, 2))
         for one, two in zip(alone[:2], shared[:2]):
             assert torch.equal(one, two) and len(one.flatten(1).unique(dim=0)) == 4
         assert len(calls) == 2 and alone[0].shape == (4, 3, 4, 32, 32)
@@ -409,50 +489,74 @@ class TestData:
         clips = torch.stack([data.toy_clip(label, generator) for label in labels.tolist()]).float()
         for t in (0, 7):
             pixels = F.avg_pool2d(clips[:, t].permute(0, 3, 1, 2), 4).flatten(1)
-            scores = train.linear_probe(pixels[:2000], labels[:2000], pixels[2000:])
-            assert train.accuracy(scores, labels[2000:]) < 0.167  # 0.125 + 4 standard deviations
+            scores = evaluate.linear_probe(pixels[:2000], labels[:2000], pixels[2000:])
+            assert evaluate.accuracy(scores, labels[2000:]) < 0.167  # 0.125 + 4 standard deviations
 
 
 RUN = "--epochs 10 --batch-size 16 --accum 2 --seed 3 --eval-every 4 --keep-every 5".split()
 OUT = "out/toy-tiny-mlp"  # the default folder; RUN takes 20 steps of 32 clips
-TORCHRUN = "-m torch.distributed.run --nproc_per_node=2 --standalone --no-python".split()
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+TROUBLES = {"none": lambda: None, "bug": lambda: 1 / 0, "stall": lambda: time.sleep(999),
+            "kill": lambda: os.kill(os.getpid(), SIGKILL),
+            "term": lambda: os.kill(os.getpid(), SIGTERM)}
+
+
+def troubled(trouble, position, log_steps, save_seconds, *flags):
+    """A training process of its own, `python test_sigma.py ...`, that gets into trouble before it
+    reads the clip at a position of the order."""
+    running.LOG_STEPS, running.SAVE_SECONDS = int(log_steps), int(save_seconds)
+    read = data.Clips.__getitem__
+
+    def read_or_fail(clips, key):
+        if key[0] == int(position):
+            TROUBLES[trouble]()
+        return read(clips, key)
+    data.Clips.__getitem__ = read_or_fail
+    return running.launch(train.main, flags)
 
 
 @pytest.fixture(scope="session")
-def here(tmp_path_factory):
-    """Works in a folder with a small toy set and a finished run."""
-    os.chdir(tmp_path_factory.mktemp("work"))
-    data.make_toy("data/toy", train=64, val=32)
-    assert run(*RUN) == 0
+def folder(tmp_path_factory):
+    """A folder with a small toy set and a finished run."""
+    folder = tmp_path_factory.mktemp("work")
+    with contextlib.chdir(folder):
+        data.make_toy("data/toy", train=64, val=32)
+        assert run(*RUN) == 0
+    return folder
+
+
+@pytest.fixture
+def here(folder, monkeypatch):
+    """Works in that folder."""
+    monkeypatch.chdir(folder)
+    return folder
 
 
 def run(*flags):
     """The exit code of a run in this process."""
     try:
-        return train.launch(train.main, [str(flag) for flag in flags])
+        return running.launch(train.main, [str(flag) for flag in flags])
     except SystemExit as end:  # argparse's
         return end.code
 
 
-def run_apart(out, *flags, ranks=1, patch="", reading="None", signals=()):
-    """Exit code and output of a run of its own, when it and all that share its output have ended.
-    patch: code at its start; reading: before each clip. Signals are sent when it has logged."""
-    code = (f"import os, sys, time, data, train\nread = data.Clips.__getitem__\n{patch}\n"
-            f"data.Clips.__getitem__ = lambda self, key: {reading} or read(self, key)\n"
-            "sys.exit(train.launch(train.main))")
-    launcher = [sys.executable, *TORCHRUN] if ranks == 2 else []
+def run_apart(out, *flags, trouble="none", at=-1, log_steps=10, save_seconds=600, ranks=1,
+              signals=(), wait=0.5):
+    """Exit code and output of a troubled process (see there), or of torchrun's, when it and all
+    that share its output have ended. Signals are sent, `wait` s apart, when it has logged."""
+    launcher = TORCHRUN + [f"--nproc_per_node={ranks}"] if ranks > 1 else [sys.executable]
     process = subprocess.Popen(
-        [*launcher, sys.executable, "-c", code, "--epochs", "999", "--out", out, *flags],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        env=os.environ | {"PYTHONPATH": str(HERE)})
+        [*launcher, __file__, *map(str, (trouble, at, log_steps, save_seconds)), "--epochs", "999",
+         "--out", out, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True)
     log = Path(out, "log.jsonl")
     while signals and process.poll() is None and not (log.exists() and log.stat().st_size):
         time.sleep(0.02)
     for number in signals:
         assert process.poll() is None
         os.killpg(process.pid, number)
-        time.sleep(0.5)
-    text, _ = process.communicate(timeout=60)
+        time.sleep(wait)
+    text, _ = process.communicate(timeout=90)
     return process.returncode, text
 
 
@@ -486,10 +590,10 @@ class TestTraining:
         assert run(*RUN) == 0 and str(results["trained"]["knn"]) in capsys.readouterr().out
 
     def test_a_stopped_or_killed_run_goes_on_bit_for_bit(self, here):
-        """Killed with SIGKILL at any moment; the log has each step once."""
+        """Killed with SIGKILL at any moment; the log has each step once; no drafts are left."""
         for position, seconds in ((100, 600), (333, 0)):  # of a clip; from save to save
-            run_apart("killed", *RUN, patch=f"train.LOG_STEPS, train.SAVE_SECONDS = 1, {seconds}",
-                      reading=f"key[0] == {position} and os.kill(os.getpid(), 9)")
+            run_apart("killed", *RUN, trouble="kill", at=position, log_steps=1,
+                      save_seconds=seconds)
         assert run(*RUN, "--out", "killed", "--max-steps", 15) == 0
         assert run(*RUN, "--out", "killed") == 0
         whole, killed = saved(OUT), saved("killed")
@@ -498,23 +602,63 @@ class TestTraining:
             assert torch.equal(state["exp_avg"], killed["optimizer"]["state"][i]["exp_avg"])
         steps = [line["step"] for line in log_of("killed")]
         assert steps == sorted(set(steps)) and steps[-1] == 20
+        assert not list(Path("killed").glob("*unfinished*"))
 
-    @pytest.mark.parametrize("number", [SIGTERM, SIGUSR1, SIGINT])
+    @pytest.mark.parametrize("number", [SIGTERM, SIGUSR1, SIGINT, SIGHUP])
     def test_a_signal_to_all_processes_saves_and_ends(self, number, here):
-        code, text = run_apart(number.name, "--workers", "2", signals=[number])
+        """Twice at once, as under Slurm, where torchrun passes on what each process gets anyway."""
+        code, text = run_apart(number.name, "--workers", "2", signals=[number] * 2, wait=0.001)
         assert code == 0 and "same command goes on" in text
         assert saved(number.name)["clips_seen"] == 64 * log_of(number.name)[-1]["step"] > 0
 
-    def test_a_second_signal_ends_a_waiting_run_with_its_workers(self, here):
-        code, _ = run_apart("waits", "--workers", "2", patch="train.LOG_STEPS = 1",
-                            reading="key[0] > 63 and time.sleep(999)", signals=[SIGTERM] * 2)
+    def test_a_later_second_signal_ends_a_waiting_run_with_its_workers(self, here):
+        code, _ = run_apart("waits", "--workers", "2", trouble="stall", at=64, log_steps=1,
+                            signals=[SIGTERM] * 2, wait=running.GRACE + 0.5)
         assert code == -SIGTERM
 
-    @pytest.mark.parametrize("reading, word", [
-        ("os.kill(os.getpid(), 9)", "error: "), ("time.sleep(999)", "error: "), ("1 / 0", "Trace")])
-    def test_dead_or_stalled_workers_end_in_a_sentence_bugs_do_not(self, reading, word, here):
-        code, text = run_apart("fails", "--workers", "2", "--timeout", "5", reading=reading)
+    @pytest.mark.parametrize("trouble, word", [("kill", "error: "), ("stall", "error: "),
+                                               ("bug", "Trace")])
+    def test_dead_or_stalled_workers_end_in_a_sentence_bugs_do_not(self, trouble, word, here):
+        code, text = run_apart("fails", "--workers", "2", "--timeout", "5", trouble=trouble, at=3)
         assert code == 1 and word in text and ("Traceback" in text) == (word == "Trace")
+
+    def test_a_probe_leaves_the_loader_its_time_limit(self, here):
+        """And a save stands before it: torchrun may kill at any moment after a signal."""
+        code, text = run_apart("probed", "--timeout", "7", "--eval-every", "1", trouble="stall",
+                               at=64, log_steps=99)
+        assert code == 1 and "in 7 s" in text and saved("probed")["clips_seen"] == 64
+
+    def test_main_leaves_handlers_as_they_were_and_runs_in_any_thread(self, here):
+        numbers = [*running.STOP_SIGNALS, SIGALRM, SIGCHLD]
+        before, codes = [signal.getsignal(n) for n in numbers], []
+        flags = ["--max-steps", 1, "--workers", 1, "--out"]
+        assert run(*flags, "handlers") == 0 and [signal.getsignal(n) for n in numbers] == before
+        thread = threading.Thread(target=lambda: codes.append(run(*flags, "thread")))
+        thread.start()
+        thread.join()
+        assert codes == [0]
+
+    def test_two_runs_do_not_share_a_folder(self, here, capsys):
+        """The second ends in a sentence; the first goes on."""
+        process = subprocess.Popen([sys.executable, __file__, "stall", "640", "1", "600",
+                                    "--out", "shared"], stderr=subprocess.DEVNULL)
+        try:
+            while not Path("shared", "log.jsonl").exists():
+                time.sleep(0.02)
+            assert run("--out", "shared") == 2 and "shared" in capsys.readouterr().err
+            assert process.poll() is None
+        finally:
+            process.kill()
+            process.wait()
+        assert run("--out", "shared", "--max-steps", 1) == 0
+
+    @pytest.mark.parametrize("change, word", [
+        ({"WORLD_SIZE": "2"}, "MASTER_ADDR"), ({"RANK": ""}, "RANK"), ({"RANK": "3"}, "RANK=3"),
+        ({"WORLD_SIZE": "two"}, "two")])
+    def test_half_an_environment_of_torchrun_is_named(self, change, word, here):
+        result = subprocess.run([sys.executable, train.__file__, "--max-steps", "1", "--out", "env"],
+                                env=os.environ | change, capture_output=True, text=True)
+        assert result.returncode == 2 and word in result.stderr and "Trace" not in result.stderr
 
     def test_a_non_finite_loss_stops_and_keeps_the_good_checkpoint(self, here, capsys):
         assert run(*RUN, "--out", "nan", "--max-steps", 2) == 0
@@ -524,12 +668,13 @@ class TestTraining:
         assert run(*RUN, "--out", "nan") == 1 and "step 3" in capsys.readouterr().err
         assert saved("nan")["clips_seen"] == 2 * 32
 
-    @pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
-    def test_a_full_disk_leaves_the_checkpoint_that_was_there(self, tmp_path):
+    def test_a_full_disk_leaves_the_checkpoint_that_was_there(self, tmp_path, monkeypatch):
+        def full(number):
+            raise OSError(errno.ENOSPC, "No space left on device")
         (tmp_path / "last.pt").write_bytes(b"old")
-        (tmp_path / "last.pt.unfinished").symlink_to("/dev/full")
+        monkeypatch.setattr(os, "fsync", full)
         with pytest.raises(UserError, match="last.pt can't be written"):
-            train.save_atomically(tmp_path / "last.pt", {"step": 3})
+            running.save_atomically(tmp_path / "last.pt", {"step": 3})
         assert os.listdir(tmp_path) == ["last.pt"] and (tmp_path / "last.pt").read_bytes() == b"old"
 
     @pytest.mark.parametrize("flags, world, videos, wanted", [
@@ -545,6 +690,7 @@ class TestTraining:
                                ["ssv2 --model small", 16, 2, 2400, 0.05, 128]):
             args = train.parse(["--data", *flags.split()])
             assert [args.frames, args.stride, args.epochs, args.eps, args.global_batch] == wanted
+            assert args.prototypes == 3000 and args.ratio == 0.9
         rate = [train.learning_rate(step, 100, 10, 1.0, 0.1) for step in range(100)]
         assert rate[0] == 0 and rate[3] == pytest.approx(3 / 9) and rate[9] == rate[10] == 1
         assert rate[55] == pytest.approx(0.55) and rate[-1] == pytest.approx(0.1, abs=1e-3)
@@ -555,20 +701,28 @@ class TestTraining:
                    for name, p in model.named_parameters())
 
     def test_collapsed_features_are_told_and_said_once(self, here, capsys, monkeypatch):
-        healthy = dict(target_term=7.1, video_term=7.4, log_k=8, entropy=7.8, target_entropy=7.8)
-        assert not train.collapsed(healthy, 50_000)
-        assert not train.collapsed(healthy | dict(entropy=6), 1000)  # few tubes, few prototypes
+        healthy = dict(target_term=7.1, video_term=7.4, entropy=7.8, target_entropy=7.8)
+        assert not running.collapsed(healthy, 2981, 50_000)
+        assert not running.collapsed(healthy | dict(entropy=6), 2981, 1000)  # few tubes
         for change in (dict(target_entropy=4.5), dict(video_term=8.01), dict(target_term=0.1)):
-            assert train.collapsed(healthy | change, 50_000)
-        monkeypatch.setattr(train, "LOG_STEPS", 1)
-        monkeypatch.setattr(train, "collapsed", lambda *_: True)
+            assert running.collapsed(healthy | change, 2981, 50_000)
+        monkeypatch.setattr(running, "LOG_STEPS", 1)
+        monkeypatch.setattr(running, "collapsed", lambda *_: True)
         assert run("--epochs", 20, "--out", "collapsed") == 0
         assert capsys.readouterr().out.count("have collapsed") == 1
+
+    def test_without_sinkhorn_features_collapse(self, here):
+        """Why SIGMA is made as it is: regressing learned features ends in a constant."""
+        for target in ("l2", "mlp"):
+            assert run("--epochs", 60, "--target", target, "--out", f"why-{target}") == 0
+        l2, mlp = log_of("why-l2"), log_of("why-mlp")
+        assert l2[-1]["video_std"] < 0.2 * l2[0]["video_std"] < mlp[-1]["video_std"]
+        assert running.collapsed(l2[-1] | dict(video_std=1e-5, target_std=1e-5), 0, 1)
 
     @pytest.mark.parametrize("amp", ["bf16", "fp16"])
     def test_autocast_trains_too_and_the_log_is_json(self, here, amp, monkeypatch):
         """Gradients that overflow in fp16 are null there."""
-        scaler = torch.amp.GradScaler(train.DEVICE.type, 2.0 ** 60, enabled=amp == "fp16")
+        scaler = torch.amp.GradScaler(running.DEVICE.type, 2.0 ** 60, enabled=amp == "fp16")
         monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **options: scaler)
         assert run("--epochs", 4, "--max-steps", 2, "--amp", amp, "--out", amp) == 0
         text = Path(amp, "log.jsonl").read_text()
@@ -578,8 +732,9 @@ class TestTraining:
         ("--data nowhere", "nowhere"), ("--data bad.csv", "line 1"), ("--init nowhere", "nowhere"),
         ("--init bad.csv", "bad.csv"), (f"--init {OUT} --target pixel", "decoder.head"),
         ("--val nowhere", "nowhere"), ("--out bad.csv", "bad.csv"), ("--epochs 0", "from 1"),
-        ("--amp int8", "amp"), ("--bogus", "bogus"), ("--lr nan", "lr"), ("--size 8", "larger"),
+        ("--amp int8", "amp"), ("--bogus", "bogus"), ("--lr nan", "lr"), ("--size 8", "ratio"),
         ("--size 30", "multiples"), ("--root x --data mine", "--root"), ("--teacher x", "teacher"),
+        ("--target dino --teacher bad.csv", "bad.csv"), ("--ratio 1", "ratio"),
         ("--repeat 3 --batch-size 64", "--repeat"),
         (f"{' '.join(RUN)} --out {OUT} --lr 0.5", "--lr 0.5 (the run has 0.0")])
     def test_wrong_usage_ends_in_one_sentence_and_code_2(self, here, capsys, flags, word):
@@ -589,12 +744,16 @@ class TestTraining:
         assert "error: " in error and word in error and not Path("never").exists()
 
     def test_too_many_unreadable_videos_end_the_run_by_name(self, here, tmp_path, capsys):
+        """Also a name that is not UTF-8."""
         write_numbered(tmp_path / "good.mp4")
-        put(tmp_path, *(f"bad{i}.mp4" for i in range(8)))
-        assert run("--data", tmp_path, "--model", "tiny", "--epochs", 99, "--out", "bad") == 1
+        names = [b"bad\xff.mp4", *(b"bad%d.mp4" % i for i in range(7))]
+        for name in names:
+            Path(tmp_path, os.fsdecode(name)).touch()
+        flags = "--model tiny --size 32 --frames 8 --stride 1".split()
+        assert run("--data", tmp_path, *flags, "--epochs", 99, "--out", "bad") == 1
         captured = capsys.readouterr()
-        assert all(captured.out.count(f"bad{i}.mp4: ") == 1 for i in range(8))
-        assert "8 of" in captured.err and Path("bad/last.pt").exists()
+        assert all(captured.out.count(f"bad{i}.mp4: ") == 1 for i in range(7))
+        assert "udcff.mp4" in captured.out and "8 of" in captured.err and Path("bad/last.pt").exists()
 
     def test_sigma_dino_trains_and_its_teacher_is_downloaded_once(self, here, monkeypatch):
         hashes, weights = [], dino(side=14)[1]
@@ -641,10 +800,41 @@ class TestTraining:
         assert one["clips_seen"] == more["clips_seen"] == 3 * 64
         assert all(torch.allclose(w, more["model"][n], atol=1e-4) for n, w in one["model"].items())
 
-    @pytest.mark.parametrize("number, steps", [(SIGTERM, 7), (SIGKILL, 0)])
-    def test_a_signal_to_one_rank_ends_all_at_that_step(self, number, steps, here):
+    @pytest.mark.parametrize("trouble, steps", [("term", 7), ("kill", 0)])
+    def test_a_signal_to_one_rank_ends_all_at_that_step(self, trouble, steps, here):
         """SIGTERM saves first, without waiting for a log line; if a rank dies, the job ends."""
-        killed = f"key[0] == 440 and os.kill(os.getpid(), {number})"  # of rank 1, in step 7
-        code, _ = run_apart(f"rank-{number}", ranks=2, reading=killed, patch="train.LOG_STEPS = 99")
-        assert (code == 0) == (number == SIGTERM)
-        assert saved(f"rank-{number}")["clips_seen"] == 64 * steps
+        code, _ = run_apart(f"rank-{trouble}", ranks=2, log_steps=99, trouble=trouble,
+                            at=440)  # of rank 1, in step 7
+        assert (code == 0) == (trouble == "term")
+        assert saved(f"rank-{trouble}")["clips_seen"] == 64 * steps
+
+
+@pytest.mark.skipif(not (GPUS and glob.glob("/dev/nvidia[0-9]*")), reason="there is no GPU")
+class TestOnAGPU:
+    """Each run is a process of its own, which sees the GPUs that are hidden from the others."""
+
+    def on_gpu(self, out, *flags, launcher=(sys.executable,)):
+        env = {n: x for n, x in os.environ.items() if n != "CUDA_VISIBLE_DEVICES"}
+        env |= {} if GPUS == "all" else {"CUDA_VISIBLE_DEVICES": GPUS}
+        result = subprocess.run([*launcher, train.__file__, "--out", out, *flags], env=env,
+                                capture_output=True, text=True)
+        assert result.returncode == 0 and "cuda" in result.stdout, result.stderr
+        return log_of(out)
+
+    @pytest.mark.parametrize("compiled", [[], ["--compile"]])
+    @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+    def test_a_step_in_each_precision(self, amp, compiled, here):
+        line, = self.on_gpu(f"gpu-{amp}{len(compiled)}", "--amp", amp, "--max-steps", "1", *compiled)
+        assert run("--max-steps", 1, "--out", f"cpu-{amp}{len(compiled)}", "--amp", "off") == 0
+        wanted = log_of(f"cpu-{amp}{len(compiled)}")[0]["loss"]
+        assert line["loss"] == pytest.approx(wanted, rel=1e-3 if amp == "off" else 2e-2)
+
+    def test_one_nccl_process_stops_and_goes_on(self, here):
+        torchrun = [*TORCHRUN, "--nproc_per_node=1"]
+        for steps in ("2", "4"):
+            log = self.on_gpu("nccl", "--max-steps", steps, launcher=torchrun)
+        assert [line["step"] for line in log] == [2, 4] and math.isfinite(log[-1]["loss"])
+
+
+if __name__ == "__main__":
+    sys.exit(troubled(*sys.argv[1:]))

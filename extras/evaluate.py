@@ -1,0 +1,78 @@
+"""Accuracy of a frozen encoder: features of a set on all ranks, linear probe, k-NN."""
+import math
+
+import torch
+import torch.nn.functional as F
+
+from data import normalise
+from extras.run import DEVICE, GPU, RANK, WORLD, autocast, gather, loader, log, progress
+from sigma import UserError
+
+PROTOCOL = ("top-1, frozen encoder, mean over tokens, one centre clip per video; probe: ridge "
+            "regression on standardised features; k-NN: cosine, k = 20, temperature 0.07")
+
+
+@torch.no_grad()
+def collect(forward, clips, amp="off", workers=0):
+    """(outputs (n, ...), labels (n, ...)) of all clips in order, on every rank; ranks share the
+    work.
+
+    forward: normalised clips (B, 3, T, S, S) -> (B, ...), averaged over the clips of a video. A
+    video that can't be read is named, and its label is -1, which no prediction equals. Raises
+    UserError if none can be read.
+    """
+    batch = max(1, 64 // clips.repeat) if GPU or clips.size < 64 else 1
+    keys = [(0, i) for i in range(RANK, len(clips), WORLD)]
+    found, unreadable = [], {}
+    bar = progress(loader(clips, batch, keys, workers), "evaluating", math.ceil(len(keys) / batch),
+                   leave=False, disable=RANK > 0, unit="batch")
+    for samples in bar:
+        with autocast(amp):
+            output = forward(normalise(samples.video, DEVICE)).float()
+        output = output.unflatten(0, (len(samples.labels), -1)).mean(dim=1)
+        found.append((samples.index, samples.labels, output.cpu()))
+        unreadable |= samples.bad
+    unreadable = {path: reason for part in gather(unreadable) for path, reason in part.items()}
+    for path, reason in unreadable.items():
+        log(f"unreadable video {path}: {reason}")
+    if len(unreadable) == len(clips):
+        raise UserError("none of the videos can be read")
+    index, labels, output = map(torch.cat, zip(*(row for rows in gather(found) for row in rows)))
+    order = index.argsort()
+    return output[order], labels[order]
+
+
+def accuracy(scores, labels, k=1):
+    """Share of rows of scores (n, classes) whose k largest hold the label (n,)."""
+    hits = scores.topk(min(k, scores.shape[1])).indices == labels[:, None]
+    return hits.any(dim=1).float().mean().item()
+
+
+def linear_probe(train, labels, test):
+    """Class scores of test features: ridge regression to one-hot labels, standardised features."""
+    train, labels = train[labels >= 0], labels[labels >= 0]
+    mean, std = train.mean(dim=0), train.std(dim=0) + 1e-6
+    train, test, targets = (train - mean) / std, (test - mean) / std, F.one_hot(labels).float()
+    covariance = train.T @ train + 10 * torch.eye(train.shape[1])
+    weight = torch.linalg.solve(covariance, train.T @ (targets - targets.mean(dim=0)))
+    return test @ weight + targets.mean(dim=0)
+
+
+def nearest_neighbours(train, labels, test, k=20, temperature=0.07):
+    """Class scores of test features: k-NN, a neighbour's vote weighs exp(cosine / temperature)."""
+    train, labels = F.normalize(train[labels >= 0], dim=1), labels[labels >= 0]
+    votes = torch.zeros(len(test), int(labels.max()) + 1)
+    for rows, part in zip(votes.split(1024), F.normalize(test, dim=1).split(1024)):
+        cosines, index = (part @ train.T).topk(min(k, len(train)), dim=1)
+        rows.scatter_add_(1, labels[index], (cosines / temperature).exp())
+    return votes
+
+
+def evaluate(encoder, sets, amp, workers, title):
+    """Accuracy of probe and k-NN; sets: labelled training clips, and held-out ones to test on."""
+    (train, labels), (test, truth) = (
+        collect(lambda video: encoder(video).mean(dim=1), clips, amp, workers) for clips in sets)
+    probe = accuracy(linear_probe(train, labels, test), truth)
+    knn = accuracy(nearest_neighbours(train, labels, test), truth)
+    log(f"{title:10}linear probe {probe:.1%}, k-NN {knn:.1%}")
+    return {"linear_probe": probe, "knn": knn}
