@@ -1,24 +1,26 @@
 """Videos in, uint8 clips with tube masks out: finding, decoding, cropping, loading; a toy set.
 
 What `--data` and `--root` may name:
-    a list      lines `path label` or `path`; the label is a whole number and the last field, so
-                paths may hold spaces; relative paths start at the list's folder
+    a list      lines `path label`, `path,label` or `path`; the label is a whole number, counted
+                from 0, and the last field; relative paths start at the list's folder
     a folder    DIR/train/<class>/*.mp4 and DIR/val/<class>/*.mp4, or DIR/<class>/*.mp4, or
                 DIR/*.mp4 without labels, or lists DIR/train.csv and DIR/val.csv
 Images (.jpg, .png) are clips that stand still. extras/videos.py turns the tables of Kinetics,
 Something-Something, UCF101 and HMDB51 into lists. Only a clip's frames are decoded, and it stays
 uint8 until it is on the training device.
 """
-import ctypes
 import glob
 import itertools
 import math
-import multiprocessing
 import os
+import re
 import shutil
-import signal
+import sys
 from bisect import bisect_left, bisect_right
+from collections import namedtuple
+from contextlib import contextmanager
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -30,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as transform
 from tqdm import tqdm
 
-from sigma import IMAGENET_MEAN, IMAGENET_STD, RunError, UserError, tube_mask
+from sigma import IMAGENET_MEAN, IMAGENET_STD, UserError, tube_mask
 
 av.logging.set_level(av.logging.FATAL)  # a damaged file is reported once, by us
 SUFFIXES = set(".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .ts .mts .wmv .flv .3gp .ogv".split())
@@ -44,27 +46,36 @@ class VideoError(Exception):
 
 
 def seeded(*numbers):
-    """A random generator that the whole numbers determine."""
-    return torch.Generator().manual_seed(hash(numbers) % 2 ** 63)
+    """A random generator that the whole numbers determine, by xxHash's rounds."""
+    prime, mask = 2870177450012600261, 2 ** 64 - 1
+    mixed = prime
+    for number in numbers:
+        mixed = mixed + number * 14029467366897019727 & mask
+        mixed = (mixed << 31 | mixed >> 33) * 11400714785074694791 & mask
+    mixed += len(numbers) ^ prime ^ 3527539
+    return torch.Generator().manual_seed(mixed % 2 ** 63)
 
 
 # --- Finding videos -------------------------------------------------------------------------------
 
-def find_videos(source, splits=("train", ""), classes=None):
+def find_videos(source, splits=("train", ""), classes=None, several=False):
     """The videos of a list or folder (layouts: top of this file) as pairs (path, label), -1 for no
     label; the names of its class folders; and what was skipped, each with the reason.
 
     splits: names to look for in a folder, in turn; "" is the source itself. classes: names of the
-    training set's classes; a label is the index in them. Raises UserError if a folder is not one of
-    them, or if there are no videos though the source itself was looked into.
+    training set's classes; a label is the index in them. several: lists have lines `path 3 17 44`,
+    and their labels are tuples. Raises UserError if a folder is not one of the classes, if labels
+    can't be numbers of classes, or if there are no videos though the source itself was looked into.
     """
     skipped = []
     for path in [Path(source, name) for split in splits for name in (f"{split}.csv", split)]:
         if path.is_file():
-            videos, names = read_list(path, skipped), []
+            videos, names = read_list(path, skipped, several), []
         else:
             videos, names = walk_folder(path, classes, skipped)
         if videos:
+            if classes is None:
+                check_labels(videos, path)
             return videos, names, skipped
     if "" not in splits:
         return [], [], skipped
@@ -74,24 +85,44 @@ def find_videos(source, splits=("train", ""), classes=None):
                     "label`, or a folder that holds them as train or train.csv")
 
 
-def read_list(file, skipped):
+def read_list(file, skipped, several=False):
     """The videos of a list; lines that name none are skipped, quoted with their number."""
-    text, videos = file.read_text(encoding="utf-8-sig", errors="replace"), []
-    if text.startswith("label,youtube_id"):
+    content, videos = file.read_bytes(), []
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{file} is UTF-16, as PowerShell's > writes it: save it as UTF-8")
+    if content.startswith(b"label,youtube_id"):
         raise UserError(f"{file} is a table of Kinetics: {MAKE_LISTS}")
-    for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
-        path, label = line, "-1"
-        if len(line.split()) > 1 and not os.path.isfile(file.parent / line):
-            path, label = line.rsplit(maxsplit=1)
-        path = file.parent / path
-        if path.suffix and not os.path.isfile(path):
-            path = path.with_suffix(".mp4")  # as extras/videos.py prepare names it
-        if os.path.isfile(path) and (label == "-1" or label.isdecimal()):
-            videos.append((str(path), int(label)))
-        elif line:
-            reason = "the label is no number" if os.path.isfile(path) else "there is no such file"
+    lines = content.decode("utf-8-sig", "surrogateescape").split("\n")
+    for number, line in enumerate(map(str.strip, lines), start=1):
+        path, labels = split_line(line, file.parent)
+        if not os.path.isfile(path):
+            reason = f"there is no file {path}"
+        elif not all(label.isdecimal() or label == "-1" for label in labels):
+            reason = "the label is no number"
+        elif len(labels) > 1 and not several:
+            reason = f"{len(labels)} fields follow the path, not one label"
+        else:
+            labels = tuple(int(label) for label in labels if label != "-1")
+            videos.append((str(path), labels if several else (*labels, -1)[0]))
+            continue
+        if line:
             skipped.append(f'{file}, line {number}, "{line[:200]}": {reason}')
     return videos
+
+
+def split_line(line, folder):
+    """The path in a line, which may hold spaces and commas, and the fields behind it: as few as
+    leave a file; else one."""
+    words = re.split(r"([\s,]+)", line)  # in turn with what separates them
+    for end in range(len(words), 0, -2):
+        path, fields = folder / "".join(words[:end]), words[end + 1::2]
+        prepared = path.with_suffix(".mp4")  # as extras/videos.py prepare names it
+        for name in (path, prepared)[:1 + (path.suffix.lower() in SUFFIXES)]:
+            if os.path.isfile(name):
+                return name, fields
+        if len(fields) < 2:
+            likely = path, fields
+    return likely
 
 
 def walk_folder(folder, classes, skipped):
@@ -100,10 +131,14 @@ def walk_folder(folder, classes, skipped):
         raise UserError(f"{folder} has a table of its set: {MAKE_LISTS}")
     files = sorted(glob.glob("**/*.*", root_dir=folder, recursive=True))  # links are followed
     files = [folder / name for name in files if not os.path.isdir(folder / name)]
-    kinds = SUFFIXES if any(path.suffix.lower() in SUFFIXES for path in files) else IMAGES
-    videos = [path for path in files if path.suffix.lower() in kinds and path.is_file()]
+    images, videos = ([path for path in files if path.suffix.lower() in kind and path.is_file()]
+                      for kind in (IMAGES, SUFFIXES))
+    kind, others = "videos", set(images)
+    if len(images) > len(videos):
+        kind, others, videos = "images", set(videos), images
     videos = [path for path in videos if path.parent != folder] or videos
-    skipped += [f"{path}: not a video, by its name or place"
+    skipped += [f"{path}: " + (f"most files here are {kind}" if path in others else
+                               "not a video, by its name or place")
                 for path in sorted(set(files) - set(videos))]
     if not videos or videos[0].parent == folder:
         return [(str(path), -1) for path in videos], []
@@ -113,6 +148,35 @@ def walk_folder(folder, classes, skipped):
         raise UserError(f"{folder} has class folders that the training videos don't have: "
                         f"{', '.join(sorted(unknown)[:5])}")
     return [(str(path), classes.index(name)) for path, name in zip(videos, names)], classes
+
+
+def check_labels(videos, source):
+    """Raises UserError if labels can't be numbers of classes: one of millions, or large gaps."""
+    labels = {n for _, label in videos for n in (label if isinstance(label, tuple) else [label])}
+    labels = sorted({-1, *labels})
+    gap, n = max((b - a - 1 for a, b in pairwise(labels)), default=0), len(labels) - 1
+    if labels[-1] > 1_000_000 or gap > n:
+        raise UserError(f"the labels of {source} go up to {labels[-1]:,}, but there are only {n:,}:"
+                        " number the classes 0, 1, 2 and so on")
+
+
+def held_out(videos, classes, root, val=None, required=False):
+    """Labelled videos to test on, of val, or else of the folder root: none if there are none, or
+    the training videos have no labels. required: raises UserError if there are none, or if a
+    training or test video lacks its label."""
+    tests, several = [], any(isinstance(label, tuple) for _, label in videos)
+    if required or any(label not in (-1, ()) for _, label in videos):
+        splits = ("val", "test", "") if val else ("val", "test")
+        tests = find_videos(val or root, splits, classes, several)[0]
+        check_labels(videos + tests, val or root)
+
+    def lack_labels(part):  # one of several may have none
+        return any(label == -1 for _, label in part) or all(label == () for _, label in part)
+
+    if required and (lack_labels(videos) or lack_labels(tests)):
+        raise UserError("give labelled videos to train and to test on, as class folders or lines "
+                        "`path label`: train and val in --data, or --data and --val")
+    return [video for video in tests if video[1] != -1]
 
 
 # --- Decoding -------------------------------------------------------------------------------------
@@ -130,58 +194,58 @@ def centre_frames(n, frames, stride, generator=None):
     return [min(start + stride * i, n - 1) for i in range(frames)]
 
 
-def decode(path, choose, clips=None, watch=None):
-    """The clips that choose(number of frames) asks for, lists of indices: (T, 3, H, W) uint8 each.
+def decode(path, choose, watch=None):
+    """The clips that choose(number of frames) asks for, lists of indices: (T, 3, H, W) uint8 each,
+    upright as the file's display matrix says.
 
-    Frame i is the last one shown by i / rate seconds after the first, which is the i-th if the rate
-    is constant. Many files know only roughly how many frames they have: where one ends sooner, its
-    last frame is held. clips: what choose gave, for a second try that reads all from the beginning.
-    watch(frame, position) is called with each decoded frame, motion vectors included, and its place
-    in frames from the first. Raises VideoError with the reason.
+    Frame i is the i-th that is shown if the rate is constant, else the last one shown by i / n of
+    the time from the first of n frames to the last. A video that ends sooner holds its last frame.
+    watch(frame, position, turns) is called with each decoded frame, motion vectors included: its
+    place in frames from the first, and the quarter turns anticlockwise that make it upright. Where
+    positions do not ascend, reading has started again. Raises VideoError with the reason.
     """
-    try:
-        if Path(path).suffix.lower() in IMAGES:
-            with open(path, "rb") as file, av.open(file) as container:  # a name may hold a %
-                frame = next(container.decode(video_stream(container)))
-            image = to_rgb(frame).permute(2, 0, 1)
-            return [image.expand(len(clip), -1, -1, -1) for clip in choose(1)]
-        with av.open(path, metadata_errors="replace") as container:  # closed whatever happens
+    if Path(path).suffix.lower() in IMAGES:
+        image = to_rgb(next(in_order(path))).permute(2, 0, 1)
+        return [image.expand(len(clip), -1, -1, -1) for clip in choose(1)]
+    with opened(path, watch) as (container, stream):
+        times, keys = frame_times(path, container, stream)
+        step = (times[-1] - times[0]) / (len(times) - 1 or 1) or 1
+        clips = [frame_numbers(times, step, clip) for clip in choose(len(times))]
+        numbers = sorted({number for clip in clips for number in clip})
+        see = watch and (lambda number, frame: watch(
+            frame, (times[number] - times[0]) / step, quarter_turns(frame)))
+        images = collect(by_time(container, stream, times, keys, numbers), numbers, see)
+    if len(images) < len(numbers):
+        images = collect(enumerate(in_order(path, watch, hold=True)), numbers, see)
+    return [torch.stack([images[number] for number in clip]).permute(0, 3, 1, 2) for clip in clips]
+
+
+def all_frames(path):
+    """All frames of a video in the order in which they are shown, as pairs (frame, seconds after
+    the first). Raises VideoError with the reason."""
+    with opened(path) as (container, stream):
+        times, _ = frame_times(path, container, stream)
+        tick = stream.time_base
+    for number, frame in enumerate(in_order(path)):
+        if number == len(times):  # a packet had more frames than one
+            times.append(2 * times[-1] - times[-2] if number > 1 else times[0] + 1)
+        yield frame, float((times[number] - times[0]) * tick)
+
+
+@contextmanager
+def opened(path, motion=False):
+    """The container and video stream of a file. Raises VideoError if they can't be read, nor what
+    is then read from them. motion: frames bring their motion vectors."""
+    try:  # Python opens the file: FFmpeg takes some names for addresses or patterns
+        with open(path, "rb") as file, av.open(file, metadata_errors="replace") as container:
             stream = video_stream(container)
-            if watch:
+            if motion:
                 stream.codec_context.options = {"flags2": "+export_mvs"}
-            packets = (packet for packet in container.demux(stream) if packet.size)
-            first, seek = next(packets), clips is None  # no clips yet: the first try
-            # The first packet holds the first frame, unless an edit list cuts it off.
-            origin, frames = first.pts, stream.frames
-            if first.is_discard:
-                origin, frames = stream.start_time, 0
-            step = 1 / (stream.average_rate * stream.time_base)  # from frame to frame, in ticks
-            if seek:
-                length = stream.duration or (container.duration or 0) / (av.time_base
-                                                                         * stream.time_base)
-                # Some webm files tell neither frames nor duration: count packets, undecoded.
-                clips = choose(frames or round(length / step) or 1 + sum(1 for _ in packets))
-            indices = sorted({index for clip in clips for index in clip})
-            # Time stamps are rounded to ticks: forgive one, but never as much as half a frame.
-            times = [float(origin + index * step + min(1, step / 2)) for index in indices]
-            if seek:
-                container.seek(int(times[0]), stream=stream)  # to the key frame before the clips
-                packets = (packet for packet in container.demux(stream) if packet.size)
-                first = next(packets, None)
-                at_key = first and first.is_keyframe and first.pts is not None
-                if not at_key or first.pts > times[0]:  # some formats seek elsewhere
-                    return decode(path, choose, clips, watch)
-            # A packet is never shown before its dts: stop reading behind the last frame.
-            needed = [first, *itertools.takewhile(
-                lambda packet: packet.dts is None or packet.dts <= times[-1], packets)]
-            see = watch and (lambda frame: watch(frame, float((frame.pts - origin) / step)))
-            images = dict(zip(indices, decode_packets(stream, needed, times, see)))
-            clips = [torch.stack([images[index] for index in clip]) for clip in clips]
-            return [clip.permute(0, 3, 1, 2) for clip in clips]
-    except (av.FFmpegError, OSError, ValueError, IndexError, ZeroDivisionError, TypeError,
-            StopIteration) as error:
-        reason = getattr(error, "strerror", None) or error or "it holds no frames"
-        raise VideoError(f"it can't be read: {reason}") from error
+            yield container, stream
+    except av.FFmpegError as error:  # its words are about FFmpeg
+        raise VideoError("it is damaged, or no video") from error
+    except OSError as error:
+        raise VideoError(f"it can't be read: {error.strerror}") from error
 
 
 def video_stream(container):
@@ -194,34 +258,121 @@ def video_stream(container):
     raise VideoError("it has no video stream of a known codec")
 
 
-def decode_packets(stream, packets, times, see=None):
-    """For each of the ascending times the last frame shown by then, (H, W, 3) uint8. see(frame) is
-    called with each decoded frame."""
-    shown = sorted(packet.pts for packet in packets if packet.pts is not None)
-    wanted = {shown[max(bisect_right(shown, time) - 1, 0)] for time in times} if shown else {}
-    # A frame that is neither wanted nor referred to needs no decoding. This takes packets that all
-    # tell their time, and a decoder that minds the setting packet by packet (dav1d does not).
-    context, chosen = stream.codec_context, []
-    complete = len(shown) == len(packets) and context.name in ("h264", "hevc")
+def in_order(path, motion=False, hold=False):
+    """The frames of a file from its beginning: decoders give them in the order in which they are
+    shown. hold: the last one comes for ever. Raises VideoError if there are none."""
+    with opened(path, motion) as (container, stream):
+        key, frame = False, None
+        for packet in container.demux(stream):
+            key = key or packet.is_keyframe
+            try:
+                for frame in packet.decode():
+                    yield frame
+            except av.InvalidDataError:
+                if key:
+                    raise
+                stream.codec_context.flush_buffers()  # the file is cut: wait for its key frame
+    if frame is None:
+        raise VideoError("none of its frames can be decoded")
+    while hold:
+        yield frame
 
-    def frames():
+
+def frame_times(path, container, stream):
+    """When each frame is shown, ascending, in ticks; and the times of key frames, where decoding
+    can start: none if frames can't be told by their times, only by counting from the beginning.
+
+    mp4 and avi list their frames. In others all packets are read, undecoded, since the length that
+    a file states may be its sound's.
+    """
+    context, kind, rows = stream.codec_context, container.format.name, []
+    reorders = context.has_b_frames  # decodes frames in another order than they are shown in
+    # avi has no times of showing, mpg has few, and MPEG-4 may pack two frames into one packet.
+    guessed = kind == "mpeg" or reorders and (kind == "avi" or context.name == "mpeg4")
+    listed = [(entry.timestamp, entry.is_keyframe) for entry in stream.index_entries]
+    even = len(listed) == stream.frames and len({b - a for (a, _), (b, _) in pairwise(listed)}) == 1
+    for packet in container.demux(stream):
+        hidden = context.name == "vp8" and packet.size and not memoryview(packet)[0] & 16
+        if packet.size and not hidden:
+            rows.append((packet.pts, packet.dts, packet.is_keyframe, packet.is_discard))
+            even = even and rows[0][2] and not packet.is_discard  # discard: cut by an edit list
+            if even and (guessed or not reorders or rows[-1][0] < rows[-2:][0][0]):
+                shift, reorders = (rows[0][0] or 0) - listed[0][0], False
+                rows = [(time + shift, time, key, False) for time, key in listed]
+                break
+    if not guessed:  # a packet without a time is the second field of a frame
+        timed = [row for row in rows if row[0] is not None] or rows
+        guessed, rows = len(timed) < len(rows), timed
+    times = sorted(pts for pts, _, _, cut in rows if not cut and pts is not None)
+    if not rows or not times and not guessed:
+        raise VideoError("it holds no frames")
+    pts, dts, key, _ = zip(*rows)
+    whole = key[0] and (pts[0] is None or pts[0] <= times[0])  # it starts with its first frame
+    dts = [time for time in dts if time is not None]
+    if guessed or len(set(pts)) < len(pts) or dts != sorted(dts) or reorders and times == list(pts):
+        step = float(1 / ((stream.guessed_rate or 25) * stream.time_base))
+        n = len(rows) if whole else sum(1 for _ in in_order(path))
+        return [i * step for i in range(n)], []
+    first = 0 if whole else bisect_left(times, next(in_order(path)).pts)
+    return times[first:], [time for time, key in zip(pts, key) if key]
+
+
+def frame_numbers(times, step, clip):
+    """The numbers of the frames that the indices of a clip stand for. step: the mean of times'."""
+    if all(abs(time - times[0] - i * step) < step / 2 for i, time in enumerate(times)):
+        return [min(i, len(times) - 1) for i in clip]  # a constant rate, but for rounding
+    return [bisect_right(times, times[0] + i * step + min(1, step / 2)) - 1 for i in clip]
+
+
+def by_time(container, stream, times, keys, numbers):
+    """Pairs (number, frame), from the key frame before the first of the numbers to the last. It
+    ends sooner if the file can't be entered there, or frames do not come in order."""
+    context, place = stream.codec_context, {time: number for number, time in enumerate(times)}
+    wanted = {times[number] for number in numbers}
+    packets, missing, first, last = [], set(wanted), times[numbers[0]], -1
+    starts = [key for key in keys if key <= first]
+    if not starts:
+        return
+    try:
+        container.seek(max(starts), stream=stream)
+    except av.FFmpegError:
+        return
+    for packet in container.demux(stream):  # all of them first: in turn with decoding takes longer
+        late = not packet.is_keyframe or packet.pts is None or packet.pts > first
+        if not missing or late and not packets:
+            break
+        if packet.size:
+            packets.append(packet)
+            missing.discard(packet.pts)
+
+    def decoded():
         for packet in packets:
-            skip = complete and packet.pts not in wanted
+            # A frame that is neither wanted nor referred to needs no decoding.
+            skip = context.name in ("h264", "hevc") and packet.pts not in wanted
             context.skip_frame = "NONREF" if skip else "DEFAULT"
             yield from packet.decode()
         yield from context.decode(None)  # those that the decoder still holds back
 
-    for frame in frames():
-        if frame.pts is None:
-            raise VideoError("it holds frames without time stamps")
+    for frame in decoded():
+        number = place.get(frame.pts, -1)
+        if number <= last:
+            return
+        yield number, frame
+        last = number
+
+
+def collect(frames, numbers, see):
+    """{number: (H, W, 3) uint8} of those of the ascending numbers that are among the frames, pairs
+    (number, frame); see is called with all of these."""
+    images, image = {}, None
+    for number, frame in frames:
         if see:
-            see(frame)
-        later = bisect_left(times, frame.pts) if chosen else 0
-        chosen[later:] = [frame] * (len(times) - later)  # until a frame that is shown by then
-    if not chosen:
-        raise VideoError("none of its frames can be decoded")
-    images = {frame.pts: to_rgb(frame, chosen[0]) for frame in chosen}  # convert each frame once
-    return [images[frame.pts] for frame in chosen]
+            see(number, frame)
+        if number in numbers:
+            images[number] = image = to_rgb(frame, image)
+        if number == numbers[-1]:
+            break
+    return images
 
 
 @cache
@@ -230,12 +381,20 @@ def reformatter():
     return VideoReformatter()
 
 
+def quarter_turns(frame):
+    """How often a frame must be turned by 90 degrees, anticlockwise, to be upright."""
+    return round(frame.rotation / 90) % 4
+
+
 def to_rgb(frame, like=None):
-    """A decoded frame as (H, W, 3) uint8, in the size of another one; on one thread (default: all,
-    for each frame anew)."""
-    like = like or frame
-    frame = reformatter().reformat(frame, like.width, like.height, "rgb24", threads=1)
-    return torch.from_numpy(frame.to_ndarray())
+    """A decoded frame as (H, W, 3) uint8, upright, in the size of another one; on one thread
+    (default: all, for each frame anew)."""
+    turns, (height, width) = quarter_turns(frame), (frame.height, frame.width)
+    if like is not None:
+        height, width = like.shape[1::-1] if turns % 2 else like.shape[:2]
+    frame = reformatter().reformat(frame, width, height, "rgb24", threads=1)
+    image = torch.from_numpy(frame.to_ndarray())
+    return image.rot90(turns) if turns else image
 
 
 # --- Clips ----------------------------------------------------------------------------------------
@@ -298,7 +457,12 @@ class Clips(Dataset):
             self.choose(n, self.frames, self.stride, generator) for _ in range(self.repeat)])
         clips = [resize_crop(clip, self.crop(*clip.shape[-2:], generator), self.size)
                  for clip in clips]
-        return torch.stack(clips), tube_mask(self.repeat, self.grid, self.ratio, generator)
+        return torch.stack(clips), self.masks(generator)
+
+    def masks(self, generator):
+        """As many masks (R, N), or None without a ratio."""
+        if self.ratio is not None:
+            return tube_mask(self.repeat, self.grid, self.ratio, generator)
 
     def __getitem__(self, key):
         position, index = key
@@ -311,7 +475,8 @@ class Clips(Dataset):
                 bad[path] = str(error)
                 index = int(torch.randint(len(self), (1,), generator=generator))
         black = torch.zeros(self.repeat, 3, self.frames, self.size, self.size, dtype=torch.uint8)
-        return black, tube_mask(self.repeat, self.grid, self.ratio, generator), -1, key[1], bad
+        label = (-1,) if isinstance(label, tuple) else -1
+        return black, self.masks(generator), label, key[1], bad
 
 
 def endless_order(n, batch, rank=0, world=1, seed=0, start=0):
@@ -327,65 +492,31 @@ def endless_order(n, batch, rank=0, world=1, seed=0, start=0):
             yield position, order[position % n]
 
 
+Batch = namedtuple("Batch", "video mask labels index bad")
+
+
 def collate(samples):
-    """A batch: video (B, 3, T, S, S), mask (B, N), labels and indices of videos, all bad ones."""
-    video, mask, label, index, bad = zip(*samples)
+    """A Batch of Clips' items: video (B, 3, T, S, S), mask (B, N) or None, labels and indices of
+    videos, as tensors unless a label is a tuple, and all bad videos."""
+    video, mask, labels, index, bad = zip(*samples)
     bad = {path: reason for part in bad for path, reason in part.items()}
-    return torch.cat(video), torch.cat(mask), torch.tensor(label), torch.tensor(index), bad
+    mask = None if mask[0] is None else torch.cat(mask)
+    labels = labels if isinstance(labels[0], tuple) else torch.tensor(labels)
+    return Batch(torch.cat(video), mask, labels, torch.tensor(index), bad)
 
 
-def on_signals(handler):
-    """Sets what the signals do that stop a run: SIGTERM, SIGUSR1 and Ctrl-C."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, handler)
-
-
-def start_worker(worker):
-    """Signals to stop go to a whole group of processes, but workers must live until the training
-    process has saved; and they must not outlive it."""
-    on_signals(signal.SIG_IGN)
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "prctl"):
-        libc.prctl(1, signal.SIGKILL)  # Linux's PR_SET_PDEATHSIG: killed when the parent ends
-
-
-def kill_workers():
-    """Ends loader workers that an error has left behind: they ignore Python's own signal."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take it for another error
-    for worker in multiprocessing.active_children():
-        worker.kill()
-
-
-def open_videos():
-    """The videos that loader workers have open at the moment, where /proc tells (Linux)."""
-    links = [link for worker in multiprocessing.active_children()
-             for link in Path(f"/proc/{worker.pid}/fd").glob("*")]
-    files = {os.path.realpath(link) for link in links}
-    return sorted(file for file in files if Path(file).suffix.lower() in SUFFIXES)
-
-
-def loader(clips, batch, keys, workers, timeout=300):
-    """Yields batches, as collate makes them, of the clips that the keys name. Raises RunError if
-    the next one takes longer than timeout seconds."""
-    def give_up(number, frame):
-        raise RunError(f"the loader gave no batch in {timeout} s, is a disk stalled? Its workers "
-                       f"have open: {', '.join(open_videos()) or 'no video, or not known'}")
-
-    signal.signal(signal.SIGALRM, give_up)  # PyTorch's own limit waits for a stopped worker
-    signal.alarm(timeout)
-    for samples in DataLoader(clips, batch, sampler=keys, num_workers=workers, collate_fn=collate,
-                              worker_init_fn=start_worker, pin_memory=torch.cuda.is_available()):
-        signal.alarm(0)
-        yield samples
-        signal.alarm(timeout)
-    signal.alarm(0)
+def progress(items=None, title=None, total=None, **options):
+    """A tqdm bar that moves rarely where its output is kept, as in a job's log."""
+    often = sys.stderr is not None and sys.stderr.isatty()
+    return tqdm(items, title, total, dynamic_ncols=True, mininterval=0.1 if often else 30,
+                maxinterval=10 if often else 30, **options)
 
 
 def in_parallel(work, items, workers, title, unit=" videos"):
     """Yields (item, work(item)) in order, with a progress bar; worker processes do the work."""
-    results = DataLoader(items, batch_size=None, collate_fn=work, num_workers=workers,
-                         worker_init_fn=start_worker)
-    yield from zip(items, tqdm(results, desc=title, unit=unit, dynamic_ncols=True))
+    results = DataLoader(items, batch_size=None, collate_fn=work, num_workers=workers)
+    bar = progress(results, title, len(items), unit=unit)
+    yield from ((item, result) for result, item in zip(bar, items))  # the bar first: to its end
 
 
 def normalise(video, device):

@@ -521,12 +521,12 @@ def load_model(path):
 
 
 def load_encoder(path):
-    """The Encoder of any checkpoint of this code. That of a fine-tuned one has no norm: its
-    classifier has another behind the mean (fc_norm). Raises UserError if weights don't fit."""
+    """The Encoder of any checkpoint of this code. Some have no last norm, as fine-tuned ones, whose
+    classifier has another behind the mean. Raises UserError if weights don't fit."""
     content = read_checkpoint(path)
     sizes = {name: content["sizes"][name] for name in ("dim", "depth", "heads", "tube")}
     encoder = Encoder(**sizes)
-    if "fc_norm.weight" in content["model"]:
+    if "encoder.norm.weight" not in content["model"]:
         encoder.norm = nn.Identity()
     weights = {name.removeprefix("encoder."): w for name, w in content["model"].items()
                if name.startswith("encoder.")}

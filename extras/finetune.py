@@ -6,12 +6,15 @@
 
 Protocol, as published: AdamW (0.9, 0.999), weight decay 0.05, learning rate 1e-3 x batch / 256,
 label smoothing 0.1, RandAugment, mixup 0.8, cutmix 1.0, random erasing 0.25; with --freeze the
-encoder stays as it is, without it rates are x 0.75 per layer down and drop path is 0.1. Frames:
-dense (K400), 16 evenly from a window of 16 x stride, half of them mirrored (unless --no-flip); or
-segments (SSv2), a random one of each of 16 parts, none mirrored: left and right are labels. Tested
-on clips x crops of each video (--views), probabilities averaged; a video that can't be read counts
-as wrong. Without --init it trains from scratch. The same command goes on where it stopped; other
---views or --val test a finished run once more.
+encoder stays as it is, without it rates are x 0.75 per layer down and drop path is 0.1. Clips have
+the frames, stride and size of the run that --init names. Which frames: dense (K400), evenly from a
+window of frames x stride, half of them mirrored (unless --no-flip); or segments (SSv2), a random
+one of each of as many equal parts, none mirrored: left and right are labels. Tested on clips x
+crops of each video (--views), probabilities averaged; a video that can't be read counts as wrong.
+--multi-label (Charades): a list's lines `path 3 17 44` name any number of classes; sigmoids, binary
+cross-entropy without smoothing, mean average precision over the classes that the test set has.
+Without --init it trains from scratch. The same command goes on where it stopped; other --views or
+--val test a finished run once more.
 """
 import json
 import sys
@@ -19,16 +22,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import stochastic_depth
 from torchvision.transforms import RandomResizedCrop, v2
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the core is
-from data import Clips, centre_crop, find_videos, make_toy, normalise, seeded
-from sigma import (IMAGENET_MEAN, IMAGENET_STD, SIZES, UserError, build_model, load_model,
-                   read_checkpoint, tube_mask)
-from train import (DEVICE, RANK, accuracy, at_least, autocast, check, collect, fit, launch, locate,
-                   log, one_first, parser_with, recipe, saved_run, set_blocks, set_up)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
+from data import Clips, centre_crop, find_videos, held_out, make_toy, normalise, seeded
+from extras.evaluate import accuracy, collect
+from extras.run import DEVICE, RANK, autocast, launch, log, one_first, saved_run, set_up
+from sigma import IMAGENET_MEAN, IMAGENET_STD, SIZES, build_model, load_encoder, read_checkpoint
+from train import at_least, check, fit, locate, parser_with, recipe, set_blocks
 
 # What changes in the recipe of pretraining: for all, then by data set, then for probes.
 RECIPE = dict(epochs=100, lr=1e-3, final_lr=1e-6, warmup=5, gpu_batch=16, global_batch=None,
@@ -106,7 +110,7 @@ class Views(Clips):
             axis = 2 if clip.shape[2] > clip.shape[3] else 3
             starts = spread(self.repeat // len(clips), clip.shape[axis] - self.size)
             views += [clip.narrow(axis, i, self.size).transpose(0, 1) for i in starts]  # 3 T S S
-        return torch.stack(views), tube_mask(self.repeat, self.grid, self.ratio, generator)
+        return torch.stack(views), None  # nothing is masked
 
 
 def random_crop(height, width, generator):
@@ -116,20 +120,56 @@ def random_crop(height, width, generator):
 
 
 def augment(video, labels, classes, flip):
-    """Clips (B, 3, T, S, S) uint8, labels (B,) -> normalised clips, class shares (B, classes).
-    Flip, RandAugment (four operations, each with probability 1/2, strength 7 +- 0.5 of 10), erasing
-    are shared by all frames of a clip; mixup or cutmix joins pairs of clips."""
+    """Clips (B, 3, T, S, S) uint8, labels on the CPU, (B,) or 0 and 1 (B, classes) -> normalised
+    clips, class shares (B, classes). Flip, RandAugment (four operations, each with probability 1/2,
+    strength 7 +- 0.5 of 10), erasing are shared by all frames of a clip; mixup or cutmix joins
+    pairs of clips."""
     operation = v2.RandomApply([v2.RandomChoice([
         v2.RandAugment(1, strength, 101, fill=[124, 116, 104]) for strength in (64, 70, 76)])], 0.5)
     distort = v2.Compose([
         v2.RandomHorizontalFlip(0.5 if flip else 0), *[operation] * 4,
         v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         v2.RandomErasing(0.25, value="random")])
-    mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=classes),
-                           v2.CutMix(alpha=1.0, num_classes=classes)])
+    mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=len(video)),
+                           v2.CutMix(alpha=1.0, num_classes=len(video))])
     video = torch.stack([distort(clip) for clip in video.transpose(1, 2)])  # B T 3 S S
-    mixed, shares = mix(video.flatten(1, 2), labels)
-    return mixed.view_as(video).transpose(1, 2), shares
+    mixed, shares = mix(video.flatten(1, 2), torch.arange(len(video)))  # of each clip: B B
+    labels = F.one_hot(labels, classes) if labels.ndim == 1 else labels
+    return mixed.view_as(video).transpose(1, 2), shares @ labels.float()
+
+
+def loss_of(network, batch, args, classes, table):
+    """Cross-entropy of a Batch, with --multi-label of each class by itself; table: find_labelled's.
+    A clip that stands in for videos that can't be read has no part in it; if all do, it is 0."""
+    video, labels = batch.video, batch.labels.repeat_interleave(args.repeat)
+    readable = labels >= 0
+    if 0 < readable.sum() < len(readable):
+        video, labels = video[readable], labels[readable]
+    labels = labels.clamp(min=0) if table is None else table[labels.clamp(min=0)]
+    if args.augment:
+        flip = args.flip and args.sampling == "dense"
+        video, labels = augment(video.to(DEVICE), labels, classes, flip)
+    else:
+        video = normalise(video, DEVICE)
+    with autocast(args.amp):
+        logits = network(video).float()
+    if args.multi_label:
+        loss = F.binary_cross_entropy_with_logits(logits, labels.to(DEVICE))
+    else:
+        loss = F.cross_entropy(logits, labels.to(DEVICE), label_smoothing=0.1)
+    return loss * readable.any(), {}  # 0 with a graph, or other processes would wait for ever
+
+
+def mean_average_precision(scores, truth):
+    """Average precision of scores (n, classes), mean over the classes that occur in truth, 0 and 1
+    (n, classes): for each video of a class the share of its videos among all that score as high."""
+    found = []
+    for score, true in zip(scores.T, truth.T.bool()):
+        hits = score[true]
+        above, all_above = (len(x) - torch.searchsorted(x.sort().values, hits)
+                            for x in (hits, score))
+        found.append((above / all_above).mean())  # nan without videos
+    return torch.stack(found).nanmean().item()
 
 
 def parse(argv):
@@ -138,6 +178,7 @@ def parse(argv):
                          "frames stride size amp workers timeout seed max-steps out".split())
     add = parser.add_argument
     add("--freeze", action="store_true", help="linear probe: train LayerNorm and head alone")
+    add("--multi-label", action="store_true", help="several labels a line, as for Charades")
     add("--limit", type=at_least(1), help="number of training videos, balanced over classes")
     add("--views", type=at_least(1), nargs=2, metavar=("CLIPS", "CROPS"), help="of a test video")
     add("--sampling", choices=["dense", "segments"], help="frames of a clip, see above")
@@ -146,10 +187,12 @@ def parse(argv):
     known, _ = parser.parse_known_args(argv)
     torch.manual_seed(known.seed)
     size = known.model or ("tiny" if known.data == "toy" else "base")
-    encoder = (load_model(known.init) if known.init else build_model(size)).encoder
+    encoder = load_encoder(known.init) if known.init else build_model(size).encoder
+    trained = read_checkpoint(known.init).get("args", {}) if known.init else {}
     model = {row["dim"]: name for name, row in SIZES.items()}.get(encoder.dim, "other")
     own, task = "toy" if model == "tiny" else known.data, "finetune"
-    defaults = recipe(known.data, model) | RECIPE | RECIPES.get(own, {})
+    defaults = recipe(known.data, model) | RECIPE | RECIPES.get(own, {}) | {
+        name: trained[name] for name in ("frames", "stride", "size") if trained.get(name)}
     if known.freeze:
         defaults, task = defaults | PROBES.get(own, dict(epochs=30)), "probe"
     parser.set_defaults(model=model, eval_every=0, keep_every=0, **defaults,
@@ -180,6 +223,47 @@ def make_optimizer(model):
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
 
 
+def find_labelled(args, root):
+    """Videos to train and to test on, the number of classes, and None; with --multi-label a table
+    (videos, classes) of 0 and 1, and a video's label is its row."""
+    videos, names, skipped = find_videos(root, several=args.multi_label)
+    tests = held_out(videos, names, root, args.val, required=True)
+    log(f"data      {len(videos):,} videos to train on, {len(tests):,} to test on; skipped "
+        f"{len(skipped):,} files or lines{f', first {skipped[0]}' if skipped else ''}")
+
+    def numbers(label):  # class folders give one
+        return list(label) if isinstance(label, tuple) else [label]
+
+    classes = 1 + max(max(numbers(label), default=0) for _, label in videos + tests)
+    videos = limit(videos, args.limit, args.seed) if args.limit else videos
+    if not args.multi_label:
+        return videos, tests, classes, None
+    table = torch.zeros(len(videos) + len(tests), classes)
+    for row, (_, label) in zip(table, videos + tests):
+        row[numbers(label)] = 1
+    rows = [(path, i) for i, (path, _) in enumerate(videos + tests)]
+    return rows[:len(videos)], rows[len(videos):], classes, table
+
+
+def test(args, model, tests, table, options):
+    """What the model gets right of the test videos, as results.json holds it."""
+    views = Views(tests, **options, repeat=args.views[0] * args.views[1], tries=1,
+                  choose=partial(view_frames, views=args.views[0], sampling=args.sampling))
+    last = nn.Sigmoid() if args.multi_label else nn.Softmax(dim=1)
+    scores, labels = collect(nn.Sequential(model, last).eval(), views, args.amp, args.workers)
+    if args.multi_label:
+        scores[labels < 0] = -torch.inf  # ranked last
+        truth = table[[label for _, label in tests]]
+        results = {"mAP": mean_average_precision(scores, truth)}
+    else:
+        results = {f"top{k}": accuracy(scores, labels, k) for k in (1, 5)}
+    figures = [f"{name} {x:.1%}" for name, x in results.items()]
+    flags = [f"{name} {vars(args)[name]}" for name in "freeze epochs lr sampling views".split()]
+    return results | dict(
+        videos=len(labels), unreadable=int((labels < 0).sum()), args=vars(args),
+        summary=f"{', '.join(figures)} of {len(labels):,} videos; {', '.join(flags)}")
+
+
 def main(argv=None):
     """One run, from the flags to the results."""
     args, encoder = parse(argv)
@@ -192,15 +276,7 @@ def main(argv=None):
             return log(f"{results['summary']}; other --views or --val test it again")
     if toy:
         one_first(lambda: make_toy(root))
-    videos, names, _ = find_videos(root)
-    splits = ("val", "test", "") if args.val else ("val", "test")
-    tests, *_ = find_videos(args.val or root, splits, names)
-    labels = [label for _, label in videos + tests]
-    if not tests or min(labels) < 0:
-        raise UserError("give labelled videos to train and to test on, as class folders or lines "
-                        "`path label`: train and val in --data, or --data and --val")
-    classes = 1 + max(labels)
-    videos = limit(videos, args.limit, args.seed) if args.limit else videos
+    videos, tests, classes, table = find_labelled(args, root)
     sizes = dict(dim=encoder.dim, depth=len(encoder.blocks), heads=encoder.blocks[0].attn.heads,
                  tube=encoder.tube, classes=classes)
     model = Classifier(encoder, classes, 0.0 if args.freeze else 0.1).to(DEVICE)
@@ -212,38 +288,18 @@ def main(argv=None):
     encoder.requires_grad_(not args.freeze)
     set_blocks(encoder.blocks, recompute=encoder.dim >= 1024)  # memory before speed
 
-    shape = dict(frames=args.frames, stride=args.stride, size=args.size, tube=encoder.tube,
-                 ratio=args.ratio, seed=args.seed, cache={} if toy else None)
-    dense = args.sampling == "dense"
-    clips = Clips(videos, **shape, repeat=args.repeat, crop=random_crop if args.augment
-                  else centre_crop, choose=dense_frames if dense else segment_frames)
-
-    def loss_of(network, samples):
-        labels = samples[2].clamp(min=0).repeat_interleave(args.repeat).to(DEVICE)  # -1: black
-        if args.augment:
-            video, labels = augment(samples[0].to(DEVICE), labels, classes, dense and args.flip)
-        else:
-            video = normalise(samples[0], DEVICE)
-        with autocast(args.amp):
-            logits = network(video).float()
-        return nn.functional.cross_entropy(logits, labels, label_smoothing=0.1), {}
-
-    out.mkdir(parents=True, exist_ok=True)
+    options = dict(frames=args.frames, stride=args.stride, size=args.size, tube=encoder.tube,
+                   ratio=None, seed=args.seed, cache={} if toy else None)
+    clips = Clips(videos, **options, repeat=args.repeat,
+                  crop=random_crop if args.augment else centre_crop,
+                  choose=dense_frames if args.sampling == "dense" else segment_frames)
     finished.unlink(missing_ok=True)  # of other views, or of a run that was here before
-    if not fit(args, model, make_optimizer(model), clips, loss_of, sizes=sizes, before=before):
-        return
-    model.eval()
-    views = Views(tests, **shape, repeat=args.views[0] * args.views[1], tries=1,
-                  choose=partial(view_frames, views=args.views[0], sampling=args.sampling))
-    scores, labels = collect(nn.Sequential(model, nn.Softmax(dim=1)), views, args.amp, args.workers)
-    top1, top5 = accuracy(scores, labels), accuracy(scores, labels, k=5)
-    flags = [f"{name} {vars(args)[name]}" for name in "freeze epochs lr sampling views".split()]
-    summary = f"top-1 {top1:.1%}, top-5 {top5:.1%} of {len(labels):,} videos; {', '.join(flags)}"
-    results = dict(top1=top1, top5=top5, videos=len(labels), unreadable=int((labels < 0).sum()),
-                   summary=summary, args=vars(args))
-    if RANK == 0:
-        finished.write_text(json.dumps(results, indent=2) + "\n")
-    log(summary)
+    loss = partial(loss_of, args=args, classes=classes, table=table)
+    if fit(args, model, make_optimizer(model), clips, loss, sizes=sizes, before=before):
+        results = test(args, model, tests, table, options)
+        if RANK == 0:
+            finished.write_text(json.dumps(results, indent=2) + "\n")
+        log(results["summary"])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Motion-guided masks, `train.py --mask motion`: a visible place moves with the picture.
+"""Motion-guided masks for pretraining: a visible place moves with the picture.
 
-    python train.py --data ssv2 --root DIR --mask motion
-    python extras/motion.py --data DIR      which videos hold motion vectors, and a picture of masks
+    python extras/motion.py train --data ssv2 --root DIR    train.py with such masks, its flags
+    python extras/motion.py --data DIR    which videos hold motion vectors, and a picture of masks
 
 The paper's 71.2% on Something-Something v2 takes motion guidance, which has no public code. Here
 places are followed along the motion from one random time slice to the others, the idea of MGMAE
@@ -24,10 +24,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torchvision.utils import save_image
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the core is
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
+import train
 from data import Clips, VideoError, collate, decode, find_videos, resize_crop
+from extras.run import launch, log
 from sigma import UserError, tube_mask
-from train import launch, locate, parser_with, recipe
 
 CELL = 8  # pixels of a field's cell; the blocks of most files are as large or larger
 I_FRAME, P_FRAME = 1, 2
@@ -36,38 +37,49 @@ I_FRAME, P_FRAME = 1, 2
 class Watch:
     """Collects motion while data.decode reads a video: fields, pairs (position, field).
 
-    A field (rows, columns, 2) holds how far the content of each cell moves, downwards and to the
-    right, in pixels a frame; NaN where no vector points to the past.
+    A field (rows, columns, 2) holds how far the content of each cell of the upright picture moves,
+    downwards and to the right, in pixels a frame; NaN where no vector points to the past.
     """
 
     def __init__(self):
-        self.fields, self.anchor = [], math.inf
+        self.fields, self.anchor, self.last = [], math.inf, -math.inf
 
-    def __call__(self, frame, position):
-        data = frame.side_data.get("MOTION_VECTORS")
-        if data is not None and position > self.anchor:
-            rows, columns = math.ceil(frame.height / CELL), math.ceil(frame.width / CELL)
-            field, v = torch.full((rows, columns, 2), math.nan), data.to_ndarray()
-            v = {name: torch.from_numpy(v[name].astype("float32"))[v["source"] < 0]
-                 for name in v.dtype.names}
-            # A vector says where content was, so the content moves by its opposite.
-            motion = -torch.stack([v["motion_y"], v["motion_x"]], dim=1)
-            motion /= v["motion_scale"][:, None] * (position - self.anchor)
-            for i, j in ((-1, -1), (-1, 1), (1, -1), (1, 1)):  # the quarters of each block
-                row = (v["dst_y"] + i * v["h"] / 4).long() // CELL
-                column = (v["dst_x"] + j * v["w"] / 4).long() // CELL
-                field[row.clamp(0, rows - 1), column.clamp(0, columns - 1)] = motion
-            self.fields.append((position, field))
+    def __call__(self, frame, position, turns):
+        if position <= self.last:  # decode has started again
+            self.__init__()
+        self.last = position
+        vectors = frame.side_data.get("MOTION_VECTORS")
+        if vectors is not None and position > self.anchor:
+            field = motion_field(vectors.to_ndarray(), frame.height, frame.width, turns)
+            self.fields.append((position, field / (position - self.anchor)))
         if frame.pict_type in (I_FRAME, P_FRAME):
             self.anchor = position
 
 
-def displacements(fields, indices, box, grid, flip=False):
+def motion_field(vectors, height, width, turns=0):
+    """A field as in Watch, but in pixels, of a coded frame's vectors. turns: by 90 degrees
+    anticlockwise, from the coded frame (height, width) to the upright picture."""
+    y, x, h, w, down, right, scale = (
+        torch.from_numpy(vectors[name][vectors["source"] < 0].astype("float32"))
+        for name in ("dst_y", "dst_x", "h", "w", "motion_y", "motion_x", "motion_scale"))
+    down, right = -down / scale, -right / scale  # a vector says where the block's content was
+    y, x = (torch.cat([centre + i * side / 4 for i in signs])  # of the block's four quarters
+            for centre, side, signs in ((y, h, (-1, -1, 1, 1)), (x, w, (-1, 1, -1, 1))))
+    for _ in range(turns):
+        down, right, y, x, height, width = -right, down, width - x, y, width, height
+    rows, columns = math.ceil(height / CELL), math.ceil(width / CELL)
+    field = torch.full((rows, columns, 2), math.nan)
+    row, column = (y // CELL).long().clamp(0, rows - 1), (x // CELL).long().clamp(0, columns - 1)
+    field[row, column] = torch.stack([down, right], dim=1).repeat(4, 1)
+    return field
+
+
+def displacements(fields, indices, box, grid):
     """How far each tube has moved since the slice before, (t, h, w, 2) in tubes, 0 for the first:
     the median over its area and the frames between, 0 where all is missing.
 
     fields: a Watch's. indices: the clip's frames. box: the crop (top, left, height, width) in
-    pixels that is resized to the clip, of grid (t, h, w) tubes. flip: the clip is mirrored.
+    pixels that is resized to the clip, of grid (t, h, w) tubes.
     """
     (top, left, height, width), (t, h, w) = box, grid
     rows = ((top + (torch.arange(4 * h) + 0.5) * height / (4 * h)) // CELL).long()
@@ -75,12 +87,11 @@ def displacements(fields, indices, box, grid, flip=False):
     starts, motion = indices[::len(indices) // t], torch.zeros(t, h, w, 2)
     for s, (before, now) in enumerate(zip(starts, starts[1:]), start=1):
         between = [field[rows][:, columns] for position, field in fields
-                   if before < position < now + 0.5]  # 4 x 4 points of each tube
+                   if before + 0.5 < position < now + 0.5]  # 4 x 4 points of each tube
         if between:
             points = rearrange(between, "f (h a) (w b) c -> h w (f a b) c", a=4, b=4)
             motion[s] = points.nanmedian(dim=2).values.nan_to_num() * (now - before)
-    motion *= torch.tensor([h / height, w / width])  # pixels -> tubes
-    return motion.flip(2) * torch.tensor([1, -1]) if flip else motion
+    return motion * torch.tensor([h / height, w / width])  # pixels -> tubes
 
 
 def motion_mask(motion, grid, ratio=0.9, generator=None):
@@ -146,7 +157,7 @@ class MotionClips(Clips):
         return torch.stack(clips), torch.stack(masks)
 
 
-def clips_for(videos, log):
+def motion_clips(videos, **options):
     """MotionClips, or Clips if none of 16 videos of the set has motion vectors; logs which."""
     tried, found = videos[::math.ceil(len(videos) / 16)], 0
     for path, _ in tried:
@@ -156,21 +167,24 @@ def clips_for(videos, log):
         found += bool(watch.fields)
     log(f"masks     {'follow motion' if found else 'of tubes'}: {found} of {len(tried)} videos "
         "tried hold motion vectors")
-    return MotionClips if found else Clips
+    return (MotionClips if found else Clips)(videos, **options)
 
 
 def main(argv=None):
-    parser = parser_with(__doc__, "data", "root")
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["train"]:
+        return train.main(argv[1:], clips_class=motion_clips)
+    parser = train.parser_with(__doc__, "data", "root")
     parser.add_argument("--out", default="motion.png", help="the picture (default: motion.png)")
     args = parser.parse_args(argv)
-    videos, *_ = find_videos(locate(args.data, args.root))
-    if clips_for(videos, print) is Clips:
-        raise UserError("without motion vectors --mask motion masks tubes; extras/videos.py "
-                        "prepare writes H.264, which has them")
+    videos, *_ = find_videos(train.locate(args.data, args.root))
     # The toy model's tubes have four frames; two show the motion better.
-    own, tube = recipe(args.data, "base"), (2, 8, 8) if args.data == "toy" else (2, 16, 16)
-    clips = MotionClips(videos, tube=tube, **{name: own[name] for name in (
+    own, tube = train.recipe(args.data, "base"), (2, 8, 8) if args.data == "toy" else (2, 16, 16)
+    clips = motion_clips(videos, tube=tube, **{name: own[name] for name in (
         "frames", "stride", "size", "ratio")})
+    if not isinstance(clips, MotionClips):
+        raise UserError("without motion vectors masks are of tubes; extras/videos.py prepare writes "
+                        "H.264, which has them")
     video, mask, *_ = collate([clips[0, i * len(clips) // 4] for i in range(4)])
     hidden = F.interpolate(mask.view(-1, 1, *clips.grid).float(), video.shape[2:])
     veiled = video.float().lerp(torch.tensor(128.0), 0.85 * hidden)

@@ -1,24 +1,35 @@
-"""Pictures of any pretraining checkpoint: what it sees, and what it has learned.
+"""Pictures of any pretraining run: what it sees, what it has learned, and how.
 
     python extras/pictures.py out/toy-tiny-mlp                    on the run's own videos
     python extras/pictures.py out/toy-tiny-mlp --data videos/ --split val --out pictures
+    python extras/pictures.py --curves out/toy-tiny-mlp out/toy-tiny-l2 --out curves.svg
 
 masks.png: what a mask leaves of clips. components.png: the encoder's tokens. prototypes.png: a row
 of tubes for each. clusters.png and .mp4: each place's prototype, dark where there is little to see.
+--curves: the loss of runs and the spread of their features, from their log.jsonl.
 """
 import argparse
+import itertools
+import json
+import math
 import sys
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torchvision.utils import draw_bounding_boxes, save_image
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the core is
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
 from data import Clips, centre_crop, centre_frames, collate, find_videos, normalise, write_video
-from sigma import DINO, UserError, load_model, read_checkpoint, standardise, take_tubes
-from train import DEVICE, collect, launch, locate, make_teacher, parser_with, recipe
+from extras.evaluate import collect
+from extras.run import DEVICE, launch
+from sigma import DINO_WIDTHS, UserError, load_model, read_checkpoint, standardise, take_tubes
+from train import locate, make_teacher, parser_with, recipe
+
+
+COLOURS = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"  # of curves
 
 
 def slide(video, tube, forward):
@@ -63,37 +74,34 @@ def frame_tube(video, place, tube, side=128):
     return torch.cat([frame, F.interpolate(ends, (side // 2, side))[0]], dim=1)
 
 
+def show_prototypes(path, clips, looks, prototypes, tube):
+    """Writes a row of tubes, one of a clip, for each of the six prototypes that have the nearest.
+    looks (clips, N, 3): see `show`."""
+    contrast, number, cosine = looks.unbind(dim=2)
+    cosine[contrast < 1.5 * contrast.median()] = -torch.inf  # there is nothing to see in flat tubes
+    best = cosine.new_full((len(clips), prototypes), -torch.inf)  # of each clip's tubes
+    best, n = best.scatter_reduce(1, number.long(), cosine, "amax"), min(8, len(clips))
+    score, order = best.topk(n, dim=0).values.mean(dim=0).sort(descending=True)
+    rows = []
+    for k in order[score.isfinite()][:6]:
+        nearest, place = cosine.masked_fill(number != k, -torch.inf).max(dim=1)
+        rows += [frame_tube(clips[0, i][0][0], place[i], tube) for i in nearest.topk(n)[1].tolist()]
+    if rows:
+        save_image(torch.stack(rows) / 255, path, nrow=n, pad_value=1)
+
+
 @torch.no_grad()
-def main(argv=None):
-    parser = parser_with(__doc__, "data", "root", "teacher")
-    parser.set_defaults(data=None)  # the run's
-    parser.add_argument("checkpoint", type=Path, help="of pretraining: a file, or a run's folder")
-    parser.add_argument("--split", default="train", help="train (default), val or test")
-    parser.add_argument("--out", type=Path, help="folder to write to (default: the checkpoint's)")
-    args = parser.parse_args(argv)
-    content, model = read_checkpoint(args.checkpoint), load_model(args.checkpoint).to(DEVICE).eval()
-    tube, target = model.encoder.tube, getattr(model, "target", "pixel")
-    run = recipe("k400", "base") | (content.get("args", {}) if "sizes" in content else {})
-    data = args.data or run.get("root") or run.get("data", "k400")
-    splits = ("train", "") if args.split == "train" else (args.split,)
-    videos, *_ = find_videos(locate(data, args.root), splits)
-    if not videos:
-        raise UserError(f"there are no {args.split} videos in {data}")
-    videos = videos[::-(-len(videos) // 1024)]
-    clips = Clips(videos, **{name: run[name] for name in ("frames", "stride", "size", "ratio")},
-                  tube=tube, choose=centre_frames, crop=centre_crop, tries=1)
-    out = args.out or (args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent)
-    out.mkdir(parents=True, exist_ok=True)
+def show(model, clips, teacher, out, workers):
+    """Writes all pictures of a model and clips; teacher: of a DINO target."""
+    tube = model.encoder.tube
     video, mask, *_ = collate([clips[0, i * len(clips) // 4] for i in range(4)])
     hidden = F.interpolate(mask.view(-1, 1, *clips.grid).float(), video.shape[2:]).bool()
     paint(out / "masks.png", video, video.masked_fill(hidden, 128).movedim(1, -1))
     normal = normalise(video, DEVICE)
     tokens = slide(normal, tube, lambda x: standardise(model.encoder(x), dim=1))
     paint(out / "components.png", video, colour(tokens))
-    if target == "pixel":
+    if model.target in ("pixel", "l2"):
         return print(f"wrote masks and components to {out}; there are no prototypes to show")
-    flags = argparse.Namespace(target=target, teacher=args.teacher or run.get("teacher"))
-    teacher = make_teacher(flags, tube).to(DEVICE) if target in DINO else None
 
     def look(x):  # contrast of each tube, number of its prototype, cosine to it: B N 3
         contrast = take_tubes(x, tube).std(dim=(3, 4, 5)).mean(dim=2)  # B N
@@ -102,22 +110,95 @@ def main(argv=None):
         cosine, number = (features @ F.normalize(model.prototypes, dim=1).T).max(dim=2)
         return torch.stack([contrast, number, cosine], dim=2)
 
-    contrast, number, cosine = collect(look, clips, workers=run["workers"])[0].unbind(dim=2)
-    cosine[contrast < 1.5 * contrast.median()] = -torch.inf  # there is nothing to see in flat tubes
-    best = cosine.new_full((len(clips), len(model.prototypes)), -torch.inf)  # of each clip's tubes
-    best, n = best.scatter_reduce(1, number.long(), cosine, "amax"), min(8, len(clips))
-    score, order = best.topk(n, dim=0).values.mean(dim=0).sort(descending=True)
-    rows = []
-    for k in order[score.isfinite()][:6]:  # the prototypes with the nearest tubes in n clips
-        nearest, place = cosine.masked_fill(number != k, -torch.inf).max(dim=1)
-        rows += [frame_tube(clips[0, i][0][0], place[i], tube) for i in nearest.topk(n)[1].tolist()]
-    if rows:
-        save_image(torch.stack(rows) / 255, out / "prototypes.png", nrow=n, pad_value=1)
+    looks, _ = collect(look, clips, workers=workers)
+    show_prototypes(out / "prototypes.png", clips, looks, len(model.prototypes), tube)
     contrast, number, _ = slide(normal, tube, look).unbind(dim=-1)
     shade = (contrast / contrast.quantile(0.75)).clamp(0, 1)[..., None]
     film = paint(out / "clusters.png", video, colour(model.prototypes)[number.long()] * shade)
     write_video(out / "clusters.mp4", film)
     print(f"wrote masks, components, prototypes and clusters to {out}")
+
+
+def panel(title, curves, left):
+    """SVG of curves, [(points (step, value), style)]; the axis of values is logarithmic."""
+    steps, values = zip(*(point for curve, _ in curves for point in curve))
+    last, low, high = max(steps), math.floor(math.log10(min(values))), math.log10(max(values))
+    high = max(math.ceil(high), low + 1)
+    tick = next(m * 10 ** e for e in range(12) for m in (1, 2, 5) if last <= 5 * m * 10 ** e)
+
+    def place(step, value):
+        return f"{390 * step / last:.1f},{250 * (high - math.log10(value)) / (high - low):.1f}"
+
+    svg = [f'<g transform="translate({left},45)"><text y="-18" font-weight="bold">{title}</text>',
+           '<text x="195" y="292" text-anchor="middle">step</text>']
+    for e in range(low, high + 1, math.ceil((high - low) / 8)):
+        svg.append(f'<g transform="translate({place(0, 10 ** e)})"><path d="M0 0h390" stroke="#ddd"'
+                   f'/><text x="-8" y="5" text-anchor="end">{10.0 ** e:g}</text></g>')
+    for step in range(0, last + 1, tick):
+        svg.append(f'<g transform="translate({place(step, 10 ** low)})"><path d="M0 0v5" stroke='
+                   f'"#444"/><text y="21" text-anchor="middle">{step:,}</text></g>')
+    svg += [f'<polyline points="{" ".join(place(*point) for point in curve)}" {style}/>'
+            for curve, style in curves]
+    return [*svg, '<path d="M0 0v250h390" fill="none" stroke="#444"/></g>']
+
+
+def draw_curves(runs, path):
+    """Writes an SVG of the runs' losses and the spread of their features. Raises UserError if a
+    run's log holds none."""
+    solid, dashed = 'fill="none" stroke-width="2" stroke="{}"'.format, ' stroke-dasharray="6 4"'
+    losses, spreads, keys = [], [], []
+    for run, colour in zip(runs, itertools.cycle(COLOURS)):
+        lines = [json.loads(line) for line in open(Path(run, "log.jsonl"), encoding="utf-8")]
+        lines, style = lines[::math.ceil(len(lines) / 400) or 1], solid(colour)
+        curves = [[(line["step"], line[name]) for line in lines if line.get(name)]  # 0 has no place
+                  for name in ("loss", "video_std", "target_std")]
+        if not all(curves):
+            raise UserError(f"{run}/log.jsonl has no loss, video_std and target_std: it is no "
+                            "pretraining run, or one of an older version")
+        losses.append((curves[0], style))
+        spreads += [(curves[1], style), (curves[2], style + dashed)]
+        keys.append((escape(Path(run).name), style))
+    keys += [("video model", solid("#888")), ("projection network", solid("#888") + dashed)]
+    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 980 380" font-size="14" '
+           'font-family="sans-serif" fill="#222">', '<rect width="980" height="380" fill="#fff"/>',
+           *panel("loss", losses, 65),
+           *panel("spread of the features (standard deviation)", spreads, 560)]
+    svg += [f'<g transform="translate({65 + 885 * i // len(keys)},362)"><path d="M0 0h30" {style}/>'
+            f'<text x="38" y="5">{name}</text></g>' for i, (name, style) in enumerate(keys)]
+    path.write_text("\n".join([*svg, "</svg>\n"]), encoding="utf-8")
+    print(f"wrote {path}")
+
+
+def main(argv=None):
+    parser = parser_with(__doc__, "data", "root", "teacher")
+    parser.set_defaults(data=None)  # the run's
+    add = parser.add_argument
+    add("checkpoint", type=Path, nargs="?", help="of pretraining: a file, or a run's folder")
+    add("--split", default="train", help="train (default), val or test")
+    add("--curves", nargs="+", metavar="RUN", help="folders of runs, for one SVG of all")
+    add("--out", type=Path, help="folder to write to (default: the checkpoint's); or the SVG")
+    args = parser.parse_args(argv)
+    if bool(args.curves) == bool(args.checkpoint):
+        parser.error("give a checkpoint, or runs after --curves")
+    if args.curves:
+        return draw_curves(args.curves, args.out or Path("curves.svg"))
+    content, model = read_checkpoint(args.checkpoint), load_model(args.checkpoint).to(DEVICE).eval()
+    run = recipe("k400", "base") | content.get("args", {})
+    data = args.data or run.get("root") or run.get("data", "k400")
+    splits = ("train", "") if args.split == "train" else (args.split,)
+    videos, *_ = find_videos(locate(data, args.root), splits)
+    if not videos:
+        raise UserError(f"there are no {args.split} videos in {data}")
+    videos = videos[::-(-len(videos) // 1024)]
+    clips = Clips(videos, **{name: run[name] for name in ("frames", "stride", "size", "ratio")},
+                  tube=model.encoder.tube, choose=centre_frames, crop=centre_crop, tries=1)
+    flags = argparse.Namespace(target=model.target, teacher=args.teacher or run.get("teacher"))
+    teacher = None
+    if model.target in DINO_WIDTHS:
+        teacher = make_teacher(flags, model.encoder.tube).to(DEVICE)
+    out = args.out or (args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent)
+    out.mkdir(parents=True, exist_ok=True)
+    show(model, clips, teacher, out, run["workers"])
 
 
 if __name__ == "__main__":

@@ -269,28 +269,27 @@ class Run:
     def __init__(self, args, model, optimizer, scaler, clips, *, batch, per_step, steps, settled=0,
                  sizes=None, before=None, probe=None):
         self.args, self.model, self.clips, self.sizes, self.probe = args, model, clips, sizes, probe
-        self.optimizer, self.scaler, self.batch, self.per_step = optimizer, scaler, batch, per_step
-        self.total, self.settled, self.step = steps, settled, 0
+        self.optimizer, self.scaler, self.per_step = optimizer, scaler, per_step
+        self.step, self.total, self.settled = 0, steps, settled
         self.last = min(steps, args.max_steps or steps)
         self.out, self.k = Path(args.out), len(getattr(model, "prototypes", ()))
+        self.signals, self.stopped, self.bad_lines = [], False, 0
+        self.rows, self.unreadable, self.named, self.waited = [], {}, set(), 0.0
         if dist.is_initialized():
             self.control = dist.new_group(backend="gloo")  # for two numbers a step
-        self.signals, self.stopped = [], False
-        self.rows, self.names, self.tubes, self.bad_lines = [], (), 0, 0
-        self.unreadable, self.named, self.waited = {}, set(), 0.0
-        self.log_time = self.save_time = time.monotonic()
-        self.lock = claim(self.out) if RANK == 0 else None
+        self.lock = claim(self.out) if RANK == 0 else contextlib.nullcontext()
         if before:
             self.resume(before)
         if RANK == 0:
             with open(self.out / "log.jsonl", "a") as file:  # drop lines of steps to be repeated
                 file.truncate(min(before["log_size"], file.tell()) if before else 0)
+        self.log_time = self.save_time = time.monotonic()
         if not before:
             self.save()  # a disk that can't be written to shows now
-        repeat = args.repeat
-        keys = endless_order(len(clips), batch // repeat, RANK, WORLD, args.seed,
-                             self.step * per_step // repeat)
-        self.loader = loader(clips, batch // repeat, keys, args.workers, args.timeout)
+        videos = batch // args.repeat  # at a time; the keys count them
+        keys = endless_order(len(clips), videos, RANK, WORLD, args.seed,
+                             self.step * per_step // args.repeat)
+        self.loader = loader(clips, videos, keys, args.workers, args.timeout)
 
     @property
     def complete(self):
@@ -334,13 +333,13 @@ class Run:
                 yield self.step
                 self.step += 1
                 bar.update()
-                self.agree(bar)
+                if self.agree():
+                    self.between(bar)
         finally:
             bar.close()
             self.loader.close()
             handle(before)
-            if self.lock:
-                self.lock.close()
+            self.lock.__exit__(None, None, None)
         if not self.complete:
             log(f"stopped after step {self.step:,} of {self.total:,}; the same command goes on")
 
@@ -362,40 +361,41 @@ class Run:
 
     def passed(self, every):
         """Whether this step completes a multiple of so many epochs."""
-        n = len(self.clips)
-        now, then = (step * self.per_step // n for step in (self.step, self.step - 1))
+        now, then = (step * self.per_step // len(self.clips) for step in (self.step, self.step - 1))
         return bool(every) and now // every > then // every
 
-    def agree(self, bar):
-        """All ranks agree on what comes after a step: often nothing, else a log line, a save."""
+    def agree(self):
+        """Whether there is something to do after this step. All ranks agree on it, and until here
+        nothing has waited for the GPU."""
         late = time.monotonic() - self.log_time > LOG_SECONDS or self.step % LOG_STEPS == 0
         flags = torch.tensor([len(self.signals), late], dtype=torch.int)
         if dist.is_initialized():
             dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.control)
         self.stopped, late = flags.bool().tolist()
-        ends = self.stopped or self.step == self.last
-        probing, keeping = (self.passed(every) for every in
-                            (self.args.eval_every, self.args.keep_every))
-        if not (late or ends or probing or keeping):
-            return
-        line = self.means()
+        self.ends = self.stopped or self.step == self.last
+        return late or self.ends or self.passed(self.args.eval_every) or self.passed(
+            self.args.keep_every)
+
+    def between(self, bar):
+        """A log line, with a probe if one is due, and a checkpoint."""
+        line, n = self.means(), len(self.clips)
         bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['clips_per_second']:.1f} clips/s, "
                             f"{line['data_wait']:.0%} waiting for data", refresh=False)
         self.name_unreadable()
         self.tell_collapse(line)
-        if probing and self.probe:
+        probing = self.probe and self.passed(self.args.eval_every)
+        if probing:
             self.save()  # first: who stops the run may not wait for the probe
             line |= self.probe(f"epoch {line['epoch']:g}")
         self.write(line)
-        too_many = len(self.named) > max(min(5, len(self.clips) - 1),
-                                         MAX_UNREADABLE * len(self.clips))
-        if ends or too_many or probing or time.monotonic() - self.save_time > SAVE_SECONDS:
+        too_many = len(self.named) > max(min(5, n - 1), MAX_UNREADABLE * n)
+        if self.ends or probing or too_many or time.monotonic() - self.save_time > SAVE_SECONDS:
             self.save()
-        if keeping:
-            self.save(f"epoch-{self.step * self.per_step // len(self.clips):04}.pt")
+        if self.passed(self.args.keep_every):
+            self.save(f"epoch-{self.step * self.per_step // n:04}.pt")
         if too_many:
-            raise RunError(f"{len(self.named)} of {len(self.clips):,} videos can't be read, more "
-                           f"than {MAX_UNREADABLE:.0%}: fix or remove those named above")
+            raise RunError(f"{len(self.named)} of {n:,} videos can't be read, more than "
+                           f"{MAX_UNREADABLE:.0%}: fix or remove those named above")
         self.log_time, self.waited = time.monotonic(), 0.0
 
     def means(self):
@@ -434,10 +434,9 @@ class Run:
         self.bad_lines = self.bad_lines + 1 if collapse else 0
         if self.bad_lines == 10:
             log("the features have collapsed: " + (
-                "they hardly differ from tube to tube, which is what regressing learned features "
-                "leads to; SIGMA's targets mlp and dino are made against it" if not self.k else
                 "few prototypes are in use, or a term of the loss is near 0 or ln K; lower --lr or "
-                "--eps, or raise --batch-size"))
+                "--eps, or raise --batch-size" if self.k else "they hardly differ from tube to tube"
+                ", as when learned features are regressed; the targets mlp and dino prevent it"))
 
     def write(self, line):
         """Appends a line to log.jsonl; what is not finite becomes null, as JSON has no inf."""

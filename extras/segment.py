@@ -11,12 +11,13 @@ the videos in ImageSets/<year>/val.txt if that is there, else of all.
 
 Protocol. From the paper: tokens of the whole clip, without mask; *clustering* has as many clusters
 as there are segments, *overclustering* more. Chosen here, since the paper does not say: clips of
---frames consecutive frames, the last filled with its last frame, resized to --size squared; tokens
-behind the last norm, or of block --layer; a time slice belongs to its first frame, and counts if
-that is annotated; maps brought to the annotations' size, both --size squared, bilinearly; k-means
-for each clip by cosine, k-means++ starts, the best of --restarts; clustering: K = segments of the
-clip with background, matched one to one so that the sum of IoUs is largest; overclustering: each of
---clusters goes to the segment that it overlaps most. Means over segments, then clips, then videos.
+--frames consecutive frames, the last filled with its last frame, resized to --size squared, both as
+in the run that --init names; tokens behind the last norm, or of block --layer; a time slice belongs
+to its first frame, and counts if that is annotated; maps brought to the annotations' size, both
+--size squared, bilinearly; k-means for each clip by cosine, k-means++ starts, the best of
+--restarts; clustering: K = segments of the clip with background, matched one to one so that the sum
+of IoUs is largest; overclustering: each of --clusters goes to the segment that it overlaps most.
+Means over segments, then clips, then videos.
 """
 import json
 import sys
@@ -30,12 +31,12 @@ from einops import rearrange
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transform
 from torchvision.utils import save_image
-from tqdm import tqdm
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the core is
-from data import IMAGES, VideoError, decode, normalise, seeded, video_stream, write_video
-from sigma import UserError, build_model, load_model
-from train import DEVICE, RANK, WORLD, at_least, autocast, gather, launch, log, parser_with, set_up
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
+from data import IMAGES, VideoError, decode, normalise, progress, seeded, video_stream, write_video
+from extras.run import DEVICE, RANK, WORLD, autocast, gather, launch, log, set_up
+from sigma import UserError, build_model, load_encoder, read_checkpoint
+from train import at_least, parser_with
 
 COLOURS = torch.tensor([[0, 0, 0], [230, 25, 75], [60, 180, 75], [255, 225, 25], [0, 130, 200],
                         [245, 130, 48], [145, 30, 180], [70, 240, 240], [250, 190, 212]])
@@ -163,17 +164,22 @@ def segment_video(tokens_of, frames, masks, args, tubelet, generator):
 
 def main(argv=None):
     parser = parser_with(__doc__, "init", "model", "frames", "size", "seed", "amp", "out")
-    parser.set_defaults(model="base", frames=16, size=224, out="out/segment")
     add = parser.add_argument
     add("--root", required=True, help="folder with JPEGImages and Annotations")
     add("--layer", type=at_least(1), help="block to cluster behind (default: the last, normed)")
     add("--clusters", type=at_least(1), default=10, help="of overclustering (default: 10)")
     add("--restarts", type=at_least(1), default=5, help="of k-means (default: 5)")
     add("--pictures", action="store_true", help="a picture and a film for each video")
+    init = parser.parse_known_args(argv)[0].init
+    trained = read_checkpoint(init).get("args", {}) if init else {}
+    parser.set_defaults(frames=trained.get("frames") or 16, size=trained.get("size") or 224,
+                        out="out/segment")
     args = parser.parse_args(argv)
+    if init and args.model:
+        parser.error("--model is for an untrained encoder, --init brings its own: leave out one")
     set_up()
     torch.manual_seed(args.seed)
-    encoder = (load_model(args.init) if args.init else build_model(args.model)).encoder
+    encoder = load_encoder(init) if init else build_model(args.model or "base").encoder
     encoder, out = encoder.to(DEVICE).eval(), Path(args.out)
     sides = args.frames, args.size, args.size
     if any(side % step for side, step in zip(sides, encoder.tube)):
@@ -191,7 +197,7 @@ def main(argv=None):
 
     videos, mine = find_frames(args.root), {}
     out.mkdir(parents=True, exist_ok=True)
-    for index in tqdm(range(RANK, len(videos), WORLD), unit="video", disable=RANK > 0):
+    for index in progress(range(RANK, len(videos), WORLD), unit="video", disable=RANK > 0):
         name = list(videos)[index]
         try:
             scores, shown = segment_video(tokens_of, *videos[name], args, encoder.tube[0],

@@ -4,9 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
+from xml.etree import ElementTree
 
 import av
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,7 +30,7 @@ import videos
 import weights
 from data import decode, find_videos, normalise
 from finetune import Classifier
-from sigma import Encoder, UserError, build_model, load_model, tube_mask
+from sigma import Encoder, UserError, build_model, load_encoder, load_model, tube_mask
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +88,7 @@ def results_of(out):
 # --- features.py ----------------------------------------------------------------------------------
 
 def test_features_come_in_list_order_for_readable_videos(work, tmp_path, capsys):
-    paths, encoder = [p for p, _ in grey_videos(tmp_path, 6, bad=[4])], load_model("run").encoder
+    paths, encoder = [p for p, _ in grey_videos(tmp_path, 6, bad=[4])], load_encoder("run")
     (tmp_path / "list.csv").write_text("".join(f"{paths[i]} {i}\n" for i in (5, 2, 4, 0)))
     flags = ["--init", "run", "--data", tmp_path / "list.csv", "--out", tmp_path / "out"]
     assert run(features, *flags) == 0 and "4.mp4" in capsys.readouterr().out
@@ -100,18 +103,115 @@ def test_features_come_in_list_order_for_readable_videos(work, tmp_path, capsys)
     assert torch.allclose(pooled["features"], wanted.mean(dim=1), atol=1e-4)
 
 
-def test_windows_slide_over_each_whole_video(work, tmp_path, capsys):
-    data.write_video(tmp_path / "v.mp4", torch.randint(256, (20, 32, 32, 3)).byte())
-    (tmp_path / "bad.mp4").write_bytes(b"no video")
-    flags = ["--init", "run", "--data", tmp_path, "--stride", 1, "--out", "windows"]
-    assert run(features, *flags, "--window", 8, "--step", 4) == 0
-    assert "bad.mp4" in capsys.readouterr().out
-    written = torch.load(*Path("windows").glob("*.pt"), weights_only=True)
-    assert written["starts"].tolist() == [0, 4, 8, 12] and written["features"].shape == (4, 128)
-    clip = decode(tmp_path / "v.mp4", lambda n: [range(8, 16)])[0].transpose(0, 1)[None]
-    wanted = load_model("run").encoder(normalise(clip, "cpu")).mean(dim=1)
-    assert torch.allclose(written["features"][2:3], wanted, atol=1e-4)
-    assert run(features, *flags, "--knn", "--val", tmp_path) == 2  # no labels
+WINDOWS = ["--init", "run", "--window", 8, "--stride", 2, "--step", 4]  # a window spans 16 frames
+
+
+def noise_video(path, times):
+    """A video of noise whose frames are shown at these times, in 1/100 s."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 100)
+        for time in times:
+            pixels = torch.randint(256, (32, 48, 3)).byte().numpy()
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 100)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def windows_in(out, name):
+    """What was written for a video: its features and its entry in windows.json."""
+    facts = json.loads(Path(out, "windows.json").read_text())["videos"][name]
+    return torch.from_numpy(numpy.load(Path(out, f"{name}.npy"))), facts
+
+
+def feature_of(path, start):
+    """The feature of a plain clip from there, cropped as everywhere."""
+    clip, = decode(path, lambda n: [[min(start + 2 * i, n - 1) for i in range(8)]])
+    clip = data.resize_crop(clip, data.centre_crop(*clip.shape[-2:]), 32)
+    return load_encoder("run")(normalise(clip[None], "cpu")).mean(dim=1)[0]
+
+
+@pytest.mark.parametrize("times, rows", [
+    (range(0, 160, 4), 7), (range(0, 40, 4), 1), ([i * i for i in range(40)], 7)])
+def test_windows_have_the_features_of_plain_clips(times, rows, work, tmp_path):
+    """At a constant rate, in a video shorter than a window, at a varying rate."""
+    noise_video(tmp_path / "v.mp4", times)
+    assert run(features, *WINDOWS, "--data", tmp_path, "--out", tmp_path / "out") == 0
+    found, facts = windows_in(tmp_path / "out", "v")
+    assert found.shape == (rows, 128) and found.dtype == torch.float32
+    wanted = torch.stack([feature_of(tmp_path / "v.mp4", 4 * row) for row in range(rows)])
+    assert torch.allclose(found, wanted, atol=1e-5)
+    assert (facts["frames"], facts["feature_stride"], facts["window_span"]) == (len(times), 4, 16)
+    assert facts["fps"] == pytest.approx(100 * (len(times) - 1) / times[-1])
+
+
+def test_a_video_is_decoded_once_however_much_windows_overlap(work, tmp_path, monkeypatch):
+    noise_video(tmp_path / "v.mp4", range(0, 160, 4))
+    seen, all_frames = [], features.all_frames
+    monkeypatch.setattr(features, "all_frames", lambda path: (
+        seen.append(frame) or frame for frame in all_frames(path)))
+    monkeypatch.delattr(features, "decode")
+    assert run(features, *WINDOWS, "--data", tmp_path, "--out", tmp_path / "out") == 0
+    assert len(seen) == 40
+
+
+def test_an_unreadable_window_keeps_its_row(work, tmp_path, monkeypatch, capsys):
+    """The nearest one stands in, so that later rows keep their times."""
+    def all_frames(path, read=features.all_frames):
+        for number, frame in enumerate(read(path)):
+            if number == 20:
+                raise data.VideoError("damage")
+            yield frame
+
+    def decode_unless_damaged(path, choose):
+        if {20, 21}.intersection(*choose(40)):
+            raise data.VideoError("damage")
+        return decode(path, choose)
+
+    noise_video(tmp_path / "v.mp4", range(0, 160, 4))
+    monkeypatch.setattr(features, "all_frames", all_frames)
+    monkeypatch.setattr(features, "decode", decode_unless_damaged)
+    assert run(features, *WINDOWS, "--data", tmp_path, "--out", tmp_path / "out") == 0
+    found, facts = windows_in(tmp_path / "out", "v")
+    assert facts["unreadable"] == [2, 3, 4, 5] and "v.mp4: 4 of 7" in capsys.readouterr().out
+    assert torch.equal(found[2:4], found[[1, 1]]) and torch.equal(found[4:6], found[[6, 6]])
+    assert torch.allclose(found[6], feature_of(tmp_path / "v.mp4", 24), atol=1e-5)
+
+
+def test_windows_go_on_with_the_same_settings_and_stop_with_others(work, tmp_path, capsys):
+    videos, out = grey_videos(tmp_path, 3, bad=[1]), tmp_path / "out"
+    assert run(features, *WINDOWS, "--data", tmp_path, "--out", out) == 0
+    assert "1.mp4" in capsys.readouterr().out
+    before = (out / "0.npy").stat().st_mtime_ns
+    (out / "2.npy").unlink()
+    assert run(features, *WINDOWS, "--data", tmp_path, "--out", out) == 0
+    assert (out / "2.npy").exists() and (out / "0.npy").stat().st_mtime_ns == before
+    assert run(features, *WINDOWS[:-1], 8, "--data", tmp_path, "--out", out) == 2
+    (out / "windows.json").unlink()
+    assert run(features, *WINDOWS, "--data", tmp_path, "--out", out) == 2
+
+
+def test_videos_of_one_name_are_refused(work, tmp_path, capsys):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        grey_videos(tmp_path / folder, 1)
+    assert run(features, *WINDOWS, "--data", tmp_path, "--out", tmp_path / "out") == 2
+    shown = capsys.readouterr().err
+    assert "a/0.mp4" in shown and "b/0.mp4" in shown
+    assert run(features, "--init", "run", "--data", tmp_path / "a", "--knn") == 2  # no labels
+
+
+def test_two_processes_write_the_windows_that_one_writes(work, tmp_path):
+    grey_videos(tmp_path, 5, bad=[2])
+    flags = [*WINDOWS, "--data", tmp_path, "--out"]
+    assert run(features, *flags, tmp_path / "one", "--workers", 2) == 0
+    assert "2.mp4" in two_processes(features, *flags, tmp_path / "two")
+    files = sorted(path.name for path in (tmp_path / "one").iterdir() if path.suffix)
+    assert len(files) == 5
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
 # --- finetune.py ----------------------------------------------------------------------------------
@@ -148,6 +248,71 @@ def test_mixed_labels_sum_to_one_and_frames_stay_alike(monkeypatch):
     for flip in (False, True):
         columns = finetune.augment(ramp, torch.arange(32) % 4, 4, flip)[0].mean(dim=(1, 2, 3))
         assert (columns[:, 24:].sum(1) > columns[:, :8].sum(1)).all() == (not flip)
+
+
+def test_mixing_gives_each_clip_s_labels_its_share():
+    """Also several labels a clip: of two mixed clips each class gets what its own clip has."""
+    labels, clips = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 0]]), torch.zeros(2, 3, 2, 8, 8).byte()
+    shares = torch.stack([finetune.augment(clips, labels, 4, flip=False)[1] for _ in range(20)])
+    assert torch.equal(shares[..., 0], shares[..., 1]) and not shares[..., 3].any()
+    assert torch.allclose(shares[..., 0] + shares[..., 2], torch.ones(20, 2))
+    assert ((shares > 0.1) & (shares < 0.9)).any()
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("augmented", [False, True])
+def test_a_stand_in_for_unreadable_videos_has_no_part_in_the_loss(several, augmented):
+    args = argparse.Namespace(repeat=2, augment=augmented, multi_label=several, amp="off",
+                              sampling="dense", flip=True)
+    video = torch.randint(256, (6, 3, 2, 8, 8)).byte()
+    video[2:4] = 0
+    table = torch.tensor([[0, 1, 1], [1, 0, 1], [1, 0, 0]]).float() if several else None
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(384, 3))
+
+    def loss(clips, labels):
+        torch.manual_seed(0)
+        batch = data.Batch(video[clips], None, torch.tensor(labels), None, {})
+        return finetune.loss_of(network, batch, args, 3, table)[0]
+
+    assert loss(range(6), [2, -1, 1]) == loss([0, 1, 4, 5], [2, 1])
+    nothing = loss([2, 3], [-1])
+    nothing.backward()  # a graph, which other processes wait for
+    assert nothing == 0 and not network[1].weight.grad.any()
+
+
+def test_average_precision_by_hand():
+    """Of the first class's two videos one is first, one is third; the second's shares its place
+    with another; the third class has none and does not count."""
+    scores = torch.tensor([[0.9, 0.5, 0.1], [0.8, 0.5, 0.2], [0.3, 0.1, 0.3], [0.1, 0.2, 0.4]])
+    truth = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 0]])
+    found = finetune.mean_average_precision(scores, truth)
+    assert found == pytest.approx(((1 / 1 + 2 / 3) / 2 + 1 / 2) / 2)
+
+
+def test_several_labels_a_line_are_learned_and_tested_by_map(tmp_path, work):
+    """A video that can't be read is ranked last; without the flag such a list is refused."""
+    lines = [f"{path} {label % 3} {3 + label % 2}\n" for path, label in
+             grey_videos(tmp_path, 11, bad=[6])]
+    (tmp_path / "train.csv").write_text("".join(lines[:5]))
+    (tmp_path / "val.csv").write_text("".join(lines))
+    flags = ["--data", tmp_path, "--init", "run", "--epochs", 1, "--out"]
+    assert run(finetune, *flags, "refused") == 2
+    assert run(finetune, *flags, "several", "--multi-label", "--views", 2, 1) == 0
+    results = results_of("several")
+    assert 0 < results["mAP"] <= 1 and (results["videos"], results["unreadable"]) == (11, 1)
+    assert len(weights_of("several")["head.bias"]) == 5
+
+
+def test_clips_are_like_those_of_the_run_unless_flags_differ(work, tmp_path):
+    """Of a run of other code perhaps only frames and size are known."""
+    def of(*flags):
+        args, _ = finetune.parse(["--data", "k400", "--init", *flags])
+        return args.frames, args.stride, args.size
+
+    assert of("run") == (8, 1, 32) and of("run", "--size", "64", "--stride", "3") == (8, 3, 64)
+    content = sigma.read_checkpoint("run")
+    torch.save(content | {"args": {"frames": 4, "size": 16}}, tmp_path / "other.pt")
+    assert of(str(tmp_path / "other.pt")) == (4, 4, 16)
 
 
 def test_frames_and_crops_to_train_and_to_test_on(tmp_path):
@@ -264,7 +429,7 @@ def put(root, files):
     for path, content in ((root / name, content) for name, content in files.items()):
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, str):
-            path.write_text(content)
+            path.write_bytes(os.fsencode(content))
         else:
             data.write_video(root / "v.mp4", torch.full((8, 32, 48, 3), content or 0).byte())
             (root / "v.mp4").rename(path)
@@ -290,15 +455,90 @@ def test_official_tables_become_lists_that_train(name, tmp_path, capsys):
     assert run(videos, "lists", name, tmp_path / "set", "--out", out) == 2  # not twice
 
 
-def test_check_lists_the_good_and_names_the_bad(tmp_path):
+def test_check_lists_the_good_and_names_the_bad(tmp_path, capsys):
     put(tmp_path / "set", {"train/a/1.mp4": 30, "train/b/2 2.mp4": 30, "train/b/3.mp4": "",
                            "val/b/4.mp4": 30, "train/b/notes.txt": ""})
+    cut = tmp_path / "set" / "train" / "b" / "cut.mp4"  # its header promises 20 frames
+    write_frames(cut, range(0, 800, 40), movflags="faststart")
+    with av.open(str(cut)) as container:
+        tenth = [packet for packet in container.demux() if packet.size][9]
+    os.truncate(cut, tenth.pos + tenth.size)
     out = tmp_path / "checked"
     assert run(videos, "check", tmp_path / "set", "--out", out, "--workers", 2) == 0
+    assert capsys.readouterr().err.count("100%") == 2  # the bars reach the end
     bad = (out / "bad.txt").read_text()
-    assert "3.mp4: it can't be read" in bad and "notes.txt" in bad and bad.count("\n") == 2
+    assert "3.mp4: " in bad and "notes.txt" in bad and bad.count("\n") == 3
+    assert "cut.mp4: it ends after 10 of 20 frames" in bad
     assert labels_of(out) == [0, 1] and labels_of(out, "val") == [1]
     assert run(videos, "check", tmp_path / "set", "--out", tmp_path / "set") == 2
+
+
+def write_frames(path, times, base=Fraction(1, 1000), turns=0, **options):
+    """A video of frames that go from blue to red, white at the top, at the times, in ticks of
+    `base` seconds; in BT.709, full range."""
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream("libx264", rate=1 / base, options={"bf": "3", "g": "12"})
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        context = stream.codec_context
+        context.time_base, context.thread_count, context.max_b_frames = base, 1, 3
+        context.colorspace, context.color_range = 1, 2
+        for i, time in enumerate(times):
+            picture = torch.tensor([6 * i, 40, 240 - 6 * i]).expand(64, 96, 3).clone()
+            picture[:16] = 250
+            frame = av.VideoFrame.from_ndarray(picture.byte().numpy(), format="rgb24")
+            frame = frame.reformat(format="yuv420p", dst_colorspace=1, dst_color_range=2)
+            frame.pts, frame.time_base = time, base
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    if turns:
+        turn(path, turns)
+
+
+def turn(path, turns):
+    """Has an mp4 file say that its frames are to be turned by 90 degrees anticlockwise."""
+    cos, sin = ((1, 0), (0, 1), (-1, 0), (0, -1))[turns]
+    content = bytearray(path.read_bytes())
+    place = content.index(b"tkhd") + 44
+    matrix = numpy.array([cos, -sin, 0, sin, cos, 0, 0, 0, 1 << 14]) << 16
+    content[place:place + 36] = matrix.astype(">i4").tobytes()
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name, times, options", [
+    ("b.avi", range(40), {"base": Fraction(1, 25)}),  # has no times of showing
+    ("fast.mkv", range(40), {}),  # 1000 frames a second: no average rate
+    ("late.mkv", [1000 + i * i for i in range(40)], {}),
+    *((f"{turns}.mp4", range(0, 1600, 40), {"turns": turns}) for turns in range(4))])
+def test_a_prepared_video_shows_all_frames_at_their_times(tmp_path, name, times, options):
+    """In order, upright, in their colours: whatever the original says in another way."""
+    (tmp_path / "a").mkdir()
+    write_frames(tmp_path / "a" / name, times, **options)
+    assert run(videos, "prepare", tmp_path / "a", tmp_path / "b", "--workers", 0) == 0
+    with av.open(str((tmp_path / "b" / name).with_suffix(".mp4"))) as container:
+        frames = list(container.decode(video=0))
+    base = options.get("base", Fraction(1, 1000))
+    assert [frame.time for frame in frames] == pytest.approx(
+        [float((time - times[0]) * base) for time in times], abs=1e-4)
+    turns = options.get("turns", 0)
+    for i, frame in enumerate(frames):
+        image = torch.from_numpy(frame.to_ndarray(format="rgb24")).rot90(-turns).float()
+        (top, picture), sides = image.tensor_split([80], dim=0), (256, 384)
+        assert frame.rotation == 0 and (frame.height, frame.width) == sides[::1 - turns % 2 * 2]
+        assert top[:48].mean() > 240
+        assert picture.mean(dim=(0, 1)).tolist() == pytest.approx([6 * i, 40, 240 - 6 * i], abs=8)
+
+
+def test_names_may_hold_a_colon_or_any_byte(tmp_path):
+    name = "cam:1\udcff" if sys.platform == "linux" else "cam:1"  # macOS wants UTF-8
+    root, target = tmp_path / f"a {name}", tmp_path / f"b {name}"
+    put(root, {f"clap/{name}.mp4": 30, "clap/2.mp4": 60,
+               "splits/clap_test_split1.txt": f"{name}.avi 1 \n2.avi 2 \n"})
+    assert run(videos, "lists", "hmdb51", root) == 0
+    assert run(videos, "check", root / "train.csv", "--out", tmp_path / name, "--workers", 0) == 0
+    assert run(videos, "prepare", root, target, "--workers", 0) == 0
+    for place in (root, target, tmp_path / name):
+        (path, label), = find_videos(place)[0]
+        assert label == 0 and decode(path, lambda n: [[n - 1]])[0].float().mean() < 40
 
 
 def test_prepare_keeps_names_and_times_and_overwrites_nothing(tmp_path):
@@ -309,7 +549,7 @@ def test_prepare_keeps_names_and_times_and_overwrites_nothing(tmp_path):
     frames = torch.arange(80)[:, None, None, None].expand(80, 256, 342, 3).byte() * 3
     data.write_video(source / "long.mp4", frames, rate=25)
     assert run(videos, "prepare", source, target, "--workers", 2) == 0
-    assert "bad.mp4: Invalid data" in (target / "bad.txt").read_text()
+    assert "bad.mp4: " in (target / "bad.txt").read_text()
     with av.open(str(target / "long.mp4")) as container:
         stream, found = container.streams.video[0], list(container.decode(video=0))
         assert (stream.height, stream.width, len(container.streams)) == (256, 342, 1)
@@ -344,6 +584,23 @@ def test_prepare_killed_leaves_only_complete_files(tmp_path):
     process.wait()
     done = list(tmp_path.glob("b/*.mp4"))
     assert len(done) < 4 and all(len(decode(p, lambda n: [range(n)])[0]) == 60 for p in done)
+    assert run(videos, "prepare", tmp_path / "a", tmp_path / "b", "--workers", 0) == 0
+    assert len(list(tmp_path.glob("b/*.mp4"))) == 4 and not list(tmp_path.glob("b/*.unfinished"))
+
+
+def test_a_full_disk_or_a_bug_is_no_fault_of_a_video(tmp_path, monkeypatch):
+    """The one ends prepare with a sentence, the other with a traceback."""
+    def fail(*_):
+        raise error
+
+    put(tmp_path / "a", {"1.mp4": 30})
+    monkeypatch.setattr(videos, "to_rgb", fail)
+    command = (videos, "prepare", tmp_path / "a", tmp_path / "b", "--workers", 0)
+    error = OSError(28, "No space left on device")
+    assert run(*command) == 1
+    error = TypeError("a bug")
+    with pytest.raises(TypeError):
+        run(*command)
 
 
 # --- weights.py -----------------------------------------------------------------------------------
@@ -365,7 +622,7 @@ def theirs_of(model, target):
         if target in ("pixel", "classes") or name.startswith("encoder."):
             for ours, theirs in HUGGING_FACE.items():
                 name = name.replace(ours, theirs)
-            if target in ("mlp", "dino"):
+            if target not in ("pixel", "classes"):
                 name = name.removeprefix("videomae.")
             parts = ("query", "key", "value") if "qkv" in name else ("",)
             for part, rows in zip(parts, weight.chunk(len(parts))):
@@ -380,37 +637,91 @@ def same(found, wanted):
     return found.keys() == wanted.keys() and all(torch.equal(found[n], wanted[n]) for n in wanted)
 
 
-@pytest.mark.parametrize("target", ["mlp", "dino", "pixel", "classes"])
-def test_every_layout_gives_the_same_network(target, tmp_path, monkeypatch):
-    """Bit for bit, there and back. Heads come from flags, then from config.json."""
-    monkeypatch.chdir(tmp_path)
-    model = build_model("tiny", target=target.replace("classes", "mlp"), heads=8).eval()
-    if target == "classes":
-        model = Classifier(model.encoder, 5).eval()
+def random_weights(target):
+    """A tiny SIGMA, or for "classes" a classifier, with 8 heads."""
+    model = build_model("tiny", target="mlp" if target == "classes" else target, heads=8)
+    model = Classifier(model.encoder, 5) if target == "classes" else model
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@pytest.fixture
+def no_safetensors(monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+
+
+@pytest.mark.parametrize("target", ["mlp", "dino", "pixel", "l2", "classes"])
+def test_every_layout_gives_the_same_network(target, tmp_path, monkeypatch, no_safetensors):
+    """Bit for bit, there and back. Heads come from flags, then from config.json."""
+    monkeypatch.chdir(tmp_path)
+    model = random_weights(target)
     authors, hugging_face = theirs_of(model, target)
     clip, ours = torch.randn(1, 3, 8, 16, 16), model.state_dict()
-    torch.save({"module": authors, "args": argparse.Namespace(lr=1e-3)}, "a.pth")
+    flags = argparse.Namespace(num_frames=8, sampling_rate=2, input_size=32)
+    torch.save({"module": authors, "args": flags}, "a.pth")
     torch.save(hugging_face, "b.bin")
     for source, flags in (("a.pth", ["--heads", 8]), ("b.bin", ["--heads", 8]), ("hf-a.pth", [])):
         assert run(weights, "import", source, f"{source}.pt", *flags) == 0
         kept = ours
-        if source != "a.pth" and target in ("mlp", "dino"):
+        if source != "a.pth" and target not in ("pixel", "classes"):
             kept = {name: w for name, w in ours.items() if name.startswith("encoder.")}
         assert same(torch.load(f"{source}.pt", weights_only=True)["model"], kept)
-        assert torch.equal(load_model(f"{source}.pt").encoder(clip), model.encoder(clip))
+        assert torch.equal(load_encoder(f"{source}.pt")(clip), model.encoder(clip))
         for to in ("authors", "hf"):
             export = ("export", f"{source}.pt", "--to", to, f"{to}-{source}")
             assert [run(weights, *export), run(weights, *export)] == [0, 2]  # not twice
         found = torch.load(f"hf-{source}/pytorch_model.bin", weights_only=True)
         assert same(found, hugging_face)
     assert same(torch.load("authors-a.pth", weights_only=True)["model"], authors)
-    os.remove("hf-a.pth/pytorch_model.bin")  # config.json is not overwritten either
-    assert run(weights, "export", "a.pth.pt", "--to", "hf", "hf-a.pth") == 2
+    clips = torch.load("a.pth.pt", weights_only=True)["args"]
+    assert clips == {"frames": 8, "stride": 2, "size": 32}  # from the authors' flags
+    del clips["stride"]  # which Hugging Face's don't have
+    assert torch.load("hf-a.pth.pt", weights_only=True)["args"] == clips
+    if target != "classes":
+        assert same(load_model("a.pth.pt").state_dict(), ours)
 
 
-def test_files_that_do_not_fit_stop_and_run_no_code(tmp_path, capsys):
+@pytest.mark.parametrize("name, value", [
+    ("hidden_act", "relu"), ("qkv_bias", False), ("qv_bias", False), ("layer_norm_eps", 1e-3),
+    ("intermediate_size", 100), ("norm_pix_loss", False), ("image_size", [32, 64]),
+    ("tubelet_size", 2), ("num_channels", 1), ("model_type", "vivit")])
+def test_another_network_of_hugging_face_s_is_refused(name, value, tmp_path, capsys,
+                                                      no_safetensors):
+    torch.save({"model": random_weights("pixel").state_dict(), "args": {},
+                "sizes": sigma.sizes_for("tiny", "pixel", heads=8)}, tmp_path / "ours.pt")
+    assert run(weights, "export", tmp_path / "ours.pt", "--to", "hf", tmp_path / "hf") == 0
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {name: value}))
+    assert run(weights, "import", tmp_path / "hf", tmp_path / "no.pt") == 2
+    assert name in capsys.readouterr().err and not (tmp_path / "no.pt").exists()
+
+
+def test_an_image_processor_prepares_frames_as_we_do(tmp_path, no_safetensors):
+    torch.save({"model": random_weights("classes").state_dict(), "args": {"size": 64, "frames": 8},
+                "sizes": dict(dim=128, depth=4, heads=8, tube=(4, 8, 8), classes=5)},
+               tmp_path / "ours.pt")
+    assert run(weights, "export", tmp_path / "ours.pt", "--to", "hf", tmp_path / "hf") == 0
+    config, images = (json.loads((tmp_path / "hf" / f"{name}.json").read_text())
+                      for name in ("config", "preprocessor_config"))
+    assert (config["num_labels"], config["num_frames"], config["use_mean_pooling"]) == (5, 8, True)
+    assert images["crop_size"] == {"height": 64, "width": 64} and images["do_rescale"]
+    assert images["image_mean"] == list(sigma.IMAGENET_MEAN)
+
+
+def test_safetensors_are_read_and_written_if_the_package_is_there(tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    model = random_weights("pixel")
+    torch.save(model.state_dict(), tmp_path / "authors.pth")
+    monkeypatch.chdir(tmp_path)
+    assert run(weights, "import", "authors.pth", "a.pt", "--heads", 8) == 0
+    assert run(weights, "export", "a.pt", "--to", "hf", "folder") == 0
+    assert run(weights, "import", "folder/model.safetensors", "b.pt") == 0
+    assert same(load_model("b.pt").state_dict(), model.state_dict())
+
+
+def test_files_that_do_not_fit_stop_and_run_no_code(tmp_path, capsys, no_safetensors):
     class Harmful:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "harm"),)
@@ -419,12 +730,17 @@ def test_files_that_do_not_fit_stop_and_run_no_code(tmp_path, capsys):
     _, classifier = theirs_of(Classifier(build_model("tiny").encoder, 5), "classes")
     for content, missing, word in (
             (classifier, "fc_norm.", "mean pooling"), (classifier, "layer.0.layernorm", "norm1"),
+            (classifier, "layer.0.attention.attention.key", "query"),
             (classifier | {"extra": torch.zeros(1)}, "-", "extra"),
             (whole, "decoder.head.weight", "decoder.head.weight"),
-            (whole | {"step": 1}, "-", "complete"), ({}, "-", "complete"),
-            (whole | {"harm": Harmful()}, "-", "mkdir")):
+            (whole, "encoder.norm", "use_mean_pooling"), (whole | {"step": 1}, "-", "theirs.pt"),
+            ({}, "-", "theirs.pt"), (whole | {"harm": Harmful()}, "-", "mkdir")):
         torch.save({n: w for n, w in content.items() if missing not in n}, tmp_path / "theirs.pt")
         assert run(weights, "import", tmp_path / "theirs.pt", tmp_path / "ours.pt") == 2
+        assert word in capsys.readouterr().err
+    for name, word in (("cut.pt", "cut.pt"), ("a.safetensors", "pip install safetensors")):
+        (tmp_path / name).write_bytes((tmp_path / "theirs.pt").read_bytes()[:1000])
+        assert run(weights, "import", tmp_path / name, tmp_path / "ours.pt") == 2
         assert word in capsys.readouterr().err
     assert not (tmp_path / "harm").exists() and not (tmp_path / "ours.pt").exists()
 
@@ -462,14 +778,36 @@ def test_the_framed_tube_is_at_its_place():
 
 
 def test_pictures_and_a_film_that_plays_are_written(work):
-    """An encoder with pixel targets has no prototypes to show."""
-    assert run(train, "--target", "pixel", "--max-steps", 1, "--out", "pixel") == 0
-    names = {"masks.png", "components.png"}
-    for out in ("pixel", "run"):
-        assert run(pictures, out, "--split", "val", "--out", f"{out}-shown") == 0
-        assert {path.name for path in Path(f"{out}-shown").iterdir()} == names
-        names |= {"prototypes.png", "clusters.png", "clusters.mp4"}
-    assert decode("run-shown/clusters.mp4", lambda n: [range(n)])[0].shape == (8, 3, 512, 256)
+    """Models with pixel and l2 targets have no prototypes to show."""
+    for target in ("pixel", "l2", "mlp"):
+        assert run(train, "--target", target, "--max-steps", 1, "--out", target) == 0
+        assert run(pictures, target, "--split", "val", "--out", f"{target}-shown") == 0
+        names = {path.name for path in Path(f"{target}-shown").iterdir()}
+        more = {"prototypes.png", "clusters.png", "clusters.mp4"} if target == "mlp" else set()
+        assert names == {"masks.png", "components.png"} | more
+    assert decode("mlp-shown/clusters.mp4", lambda n: [range(n)])[0].shape == (8, 3, 512, 256)
+
+
+def test_curves_of_runs_are_drawn_where_their_logs_say(tmp_path):
+    """Both runs in both panels; what is 10 times as small is one decade lower."""
+    for name, factor in (("a&b", 1), ("c", 0.1)):
+        (tmp_path / name).mkdir()
+        lines = [dict(step=step, loss=factor * 10 / step, video_std=factor, target_std=2 * factor)
+                 for step in (1, 10, 100)]
+        (tmp_path / name / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    runs, out = [tmp_path / "a&b", tmp_path / "c"], tmp_path / "curves.svg"
+    assert run(pictures, "--curves", *runs, "--out", out) == 0
+    lines = [[[float(x) for x in point.split(",")] for point in line.get("points").split()]
+             for line in ElementTree.parse(out).iter() if line.tag.endswith("polyline")]
+    first, second, *spreads = lines
+    assert len(lines) == 6 and all(len(line) == 3 for line in lines)
+    decade = first[1][1] - first[0][1]
+    assert first[2][1] - first[1][1] == pytest.approx(decade, abs=0.2)
+    assert second[0][1] - first[0][1] == pytest.approx(decade, abs=0.2)
+    assert first[2][0] == pytest.approx(100 * first[0][0], rel=0.02)
+    assert spreads[0][0][1] == spreads[0][2][1] < spreads[2][0][1]
+    (tmp_path / "c" / "log.jsonl").write_text('{"step": 1, "loss": 1}')
+    assert run(pictures, "--curves", *runs) == run(pictures, "run", "--curves", runs[0]) == 2
 
 
 # --- motion.py ------------------------------------------------------------------------------------
@@ -490,8 +828,9 @@ def test_visible_places_pan_with_the_picture(right):
         assert (found.view(t, h * w).sum(dim=1) == int(0.7 * 80)).all()
 
 
-def write_pan(path, right=3):
-    """Forty frames of a window that pans over a picture, encoded as prepare does it."""
+def write_pan(path, right=3, still=0):
+    """Forty frames of a window that pans over a picture, encoded as prepare does it. still: columns
+    at the left that don't move."""
     picture = F.interpolate(torch.rand(1, 3, 60, 80, generator=data.seeded(0)), (480, 640),
                             mode="bicubic")[0].clamp(0, 1).mul(255).byte().permute(1, 2, 0)
     options = {"preset": "veryfast", "crf": "22", "tune": "fastdecode", "g": "32", "bf": "3",
@@ -500,8 +839,9 @@ def write_pan(path, right=3):
         stream = container.add_stream("libx264", rate=25, options=options)
         stream.height, stream.width, stream.pix_fmt = 240, 320, "yuv420p"
         for i in range(40):
-            frame = picture[2 * i:2 * i + 240, right * i:right * i + 320].contiguous().numpy()
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            frame = picture[2 * i:2 * i + 240, right * i:right * i + 320].clone()
+            frame[:, :still] = picture[:240, :still]
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")))
         container.mux(stream.encode(None))
 
 
@@ -515,17 +855,32 @@ def test_vectors_of_a_known_pan_are_right_nine_times_of_ten(tmp_path):
     assert len(vectors) > 10_000 and right.float().mean() > 0.9
 
 
-def test_crop_resize_and_flip_transform_the_motion():
-    def moved(field, *box, **options):  # from frame 0 to frame 2
-        return motion.displacements([(1.0, field)], [0, 2], box, (2, 15, 20), **options)[1]
+@pytest.mark.parametrize("turns", range(4))
+def test_vectors_tell_where_each_pixel_of_the_upright_frame_comes_from(tmp_path, turns):
+    """However the file is turned. A part stands still, so that directions and places count."""
+    watch, path = motion.Watch(), tmp_path / "v.mp4"
+    write_pan(path, still=80)
+    turn(path, turns)
+    frames = decode(path, lambda n: [range(8)], watch=watch)[0].float().mean(dim=1)
+    field = torch.stack([field for _, field in watch.fields]).nanmedian(dim=0).values.nan_to_num()
+    down, right = field.round().long().repeat_interleave(8, 0).repeat_interleave(8, 1).unbind(2)
+    y, x = torch.meshgrid(*map(torch.arange, frames.shape[1:]), indexing="ij")
+    inner = (y.minimum(x) >= 8) & (y < len(y) - 8) & (x < y.shape[1] - 8)
+    y, x, down, right = (values[inner] for values in (y, x, down, right))
+    before, now = frames[:-1, y - down, x - right], frames[1:, y, x]
+    assert (before - now).abs().mean() < 0.3 * (frames[:-1, y, x] - now).abs().mean()
 
-    field = torch.tensor([4.0, -8.0]).expand(30, 40, 2)  # pixels a frame, of 240 x 320
+
+def test_crop_and_resize_transform_the_motion():
+    def moved(field, *box):  # from frame 0 to frame 2
+        return motion.displacements([(1.0, field)], [0, 2], box, (2, 15, 20))[1]
+
+    field = torch.tensor([4.0, -8.0]).repeat(30, 40, 1)  # pixels a frame, of 240 x 320
     whole = moved(field, 0, 0, 240, 320)
     assert torch.allclose(whole, torch.tensor([0.5, -1.0]).expand(15, 20, 2))
     assert torch.allclose(moved(field, 60, 80, 120, 160), 2 * whole)  # enlarged twice
-    half = torch.cat([field[:, :20], torch.full((30, 20, 2), float("nan"))], dim=1)
-    mirrored = moved(half, 0, 0, 240, 320, flip=True)
-    assert (mirrored[:, 10:, 1] == 1).all() and not mirrored[:, :10].any()
+    field[:, 20:] = torch.nan
+    assert not moved(field, 0, 160, 240, 160).any()  # where all is missing
 
 
 def test_motion_clips_are_the_same_in_any_worker(tmp_path):
@@ -538,7 +893,8 @@ def test_motion_clips_are_the_same_in_any_worker(tmp_path):
     clips, kept = (motion.MotionClips(videos, **options, cache=some)
                    for some in (None, cache))
     still, alone, shared, again, third = (
-        next(iter(data.loader(some, 4, keys, workers)))[:2]
+        next(iter(torch.utils.data.DataLoader(some, 4, sampler=keys, num_workers=workers,
+                                              collate_fn=data.collate)))[:2]
         for some, workers in ((plain, 0), (clips, 0), (clips, 2), (kept, 0), (kept, 0)))
     assert all(torch.equal(video, still[0]) for video, _ in (alone, shared, again, third))
     assert all(torch.equal(mask, alone[1]) for _, mask in (shared, again, third))
@@ -546,9 +902,11 @@ def test_motion_clips_are_the_same_in_any_worker(tmp_path):
 
 
 def test_training_with_motion_masks_resumes_exactly(work, capsys):
-    flags = ["--mask", "motion", "--epochs", "2", "--batch-size", "16", "--accum", "1", "--out"]
-    assert run(train, *flags, "moved") == 0
-    assert run(train, *flags, "stopped", "--max-steps", 3) == run(train, *flags, "stopped") == 0
+    flags = ["--epochs", "2", "--batch-size", "16", "--accum", "1", "--out"]
+    assert run(motion, "train", *flags, "moved") == 0
+    assert run(motion, "train", *flags, "stopped", "--max-steps", 3) == 0
+    assert run(train, *flags, "stopped") == 2  # would go on with other masks
+    assert run(motion, "train", *flags, "stopped") == 0
     whole, parts = weights_of("moved"), weights_of("stopped")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert "follow motion" in capsys.readouterr().out
@@ -557,7 +915,8 @@ def test_training_with_motion_masks_resumes_exactly(work, capsys):
 
 def test_a_set_without_vectors_goes_on_with_tube_masks(tmp_path):
     save_image(torch.rand(3, 32, 32), tmp_path / "a.png")
-    assert motion.clips_for(find_videos(tmp_path)[0], print) is data.Clips
+    clips = motion.motion_clips(find_videos(tmp_path)[0], frames=2, stride=1, size=32)
+    assert type(clips) is data.Clips
     assert run(motion, "--data", tmp_path) == 2
 
 
@@ -630,3 +989,6 @@ def test_videos_of_any_length_and_missing_segments(tmp_path, work):
     assert two_processes(segment, *flags, tmp_path / "two").count("mIoU") == 2
     assert results_of(tmp_path / "two")["videos"] == one["videos"]
     assert run(segment, "--root", tmp_path / "one") == 2
+    assert run(segment, *flags[:2], "--init", "run", "--out", tmp_path / "run") == 0
+    trained = results_of(tmp_path / "run")["args"]  # clips like those of the run
+    assert (trained["frames"], trained["size"]) == (8, 32)

@@ -1,7 +1,7 @@
 """Preparing a data set: lists, a check of all videos, re-encoding.
 
     python extras/videos.py lists k400 DIR        the set's own tables -> DIR/train.csv, DIR/val.csv
-    python extras/videos.py check DIR             decodes a clip of each video: out/check-DIR/*.csv
+    python extras/videos.py check DIR             reads each video whole: out/check-DIR/*.csv
     python extras/videos.py prepare DIR DIR-256   re-encodes, so that training reads it fastest
 
 `lists` knows the tables as downloaded, in DIR or a folder in it, and videos anywhere below. Videos
@@ -12,10 +12,11 @@ that DIR lacks (of Kinetics it always lacks some) are named in missing.txt.
     ucf101   ucfTrainTestlist/{classInd,trainlist01,testlist01}.txt; <Class>/v_*.avi; --split 1 to 3
     hmdb51   testTrainMulti_7030_splits/<class>_test_split1.txt; <class>/*.avi; --split 1 to 3
 
-`prepare` writes H.264 with short side 256, a key frame every 32 frames, B-frames that no other
-frame needs, no sound. Names and folders stay, except that all end in .mp4 (existing lists still
-work); a.avi beside a.mp4 keeps its name. Lists come along, with their absolute paths changed
-to the new videos. Stopped at any moment it goes on where it was; what is there already stays.
+`prepare` writes all frames at their times as H.264, upright with short side 256, a key frame every
+32 frames, B-frames that no other frame needs, no sound. Names and folders stay, except that all end
+in .mp4 (existing lists still work); a.avi beside a.mp4 keeps its name. Lists come along, with their
+absolute paths changed to the new videos. Stopped at any moment it goes on where it was; what is
+there already stays.
 """
 import csv
 import errno
@@ -27,15 +28,18 @@ from collections import Counter
 from pathlib import Path
 
 import av
+import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
-from data import (SUFFIXES, VideoError, decode, find_videos, in_parallel, pretraining_frames,
-                  video_stream)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
+from data import (SUFFIXES, VideoError, all_frames, decode, find_videos, in_parallel, opened,
+                  to_rgb)
+from extras.run import claim, launch, log
 from sigma import RunError, UserError
-from train import at_least, launch, parser_with
+from train import at_least, parser_with
 
 H264 = {"preset": "veryfast", "crf": "22", "tune": "fastdecode", "g": "32", "keyint_min": "32",
         "sc_threshold": "0", "bf": "3", "x264-params": "b-pyramid=none:b-adapt=0"}
+FULL = "no room is left"
 
 
 def tables(root, pattern):
@@ -46,12 +50,17 @@ def tables(root, pattern):
     return found
 
 
+def text(path):
+    """What a table holds; names may be in any coding."""
+    return path.read_text("utf-8-sig", "surrogateescape")
+
+
 def entries(name, root, number):
     """(split, video, label) for each row of a set's tables. video: the name of its file without
     suffix, for ucf101 and hmdb51 behind its folder's; number: which of their splits."""
     if name == "k400":
         rows = [row for path in tables(root, "*.csv")
-                for row in csv.DictReader(path.read_text("utf-8-sig").splitlines())
+                for row in csv.DictReader(text(path).splitlines())
                 if {"label", "youtube_id"} <= row.keys()]
         labels = {name: i for i, name in enumerate(sorted({row["label"] for row in rows}))}
         for row in rows:
@@ -59,21 +68,21 @@ def entries(name, root, number):
             split = row["split"].replace("validate", "val")
             yield split, f"{row['youtube_id']}_{start:06}_{end:06}", labels[row["label"]]
     if name == "ssv2":
-        labels = json.loads(tables(root, "*labels.json")[0].read_text())
+        labels = json.loads(text(tables(root, "*labels.json")[0]))
         for split, pattern in (("train", "*train.json"), ("val", "*validation.json")):
-            for row in json.loads(tables(root, pattern)[0].read_text()):
+            for row in json.loads(text(tables(root, pattern)[0])):
                 template = row["template"].replace("[", "").replace("]", "")
                 yield split, row["id"], int(labels[template])
     if name == "ucf101":
-        words = tables(root, "classInd.txt")[0].read_text().split()
+        words = text(tables(root, "classInd.txt")[0]).split()
         labels = {name: int(i) - 1 for i, name in zip(words[::2], words[1::2])}
         for split, part in (("train", "train"), ("val", "test")):
-            words = tables(root, f"{part}list{number:02}.txt")[0].read_text().split()
+            words = text(tables(root, f"{part}list{number:02}.txt")[0]).split()
             for video in [word for word in words if "/" in word]:
                 yield split, video.removesuffix(".avi"), labels[video.split("/")[0]]
     if name == "hmdb51":
         for label, path in enumerate(tables(root, f"*_test_split{number}.txt")):
-            words, folder = path.read_text().split(), path.name.split("_test_split")[0]
+            words, folder = text(path).split(), path.name.split("_test_split")[0]
             for video, use in zip(words[::2], words[1::2]):
                 split = {"1": "train", "2": "val"}.get(use)
                 yield split, f"{folder}/{video.removesuffix('.avi')}", label
@@ -91,7 +100,7 @@ def write(path, lines):
     draft = path.with_name(f".{path.name}.unfinished")
     draft.write_bytes(os.fsencode("".join(lines)))
     draft.replace(path)
-    print(f"{path}: {len(lines):,} lines")
+    log(f"{path}: {len(lines):,} lines")
 
 
 def lists(args):
@@ -101,7 +110,7 @@ def lists(args):
         raise UserError(f"{out} has lists already: choose another --out")
     try:
         rows = [row for row in entries(args.set, root, args.split) if row[0] in ("train", "val")]
-    except (ValueError, LookupError, TypeError, csv.Error) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
         raise UserError(f"the tables in {root} can't be read: {error!r}") from error
     videos, found = {}, {"train.csv": [], "val.csv": [], "missing.txt": []}
     for path in files_below(root):
@@ -121,11 +130,15 @@ def lists(args):
 
 
 def problem(video):
-    """Why a clip of a video (path, label) can't be read, or None."""
+    """Why a video (path, label) can't be read, from its first frame to its last, or None."""
+    promised = []
     try:
-        decode(video[0], lambda n: [pretraining_frames(n, frames=16, stride=4)])
+        decode(video[0], lambda n: promised.append(n) or [[n - 1]])
+        found = sum(1 for _ in all_frames(video[0]))
     except VideoError as error:
         return str(error)
+    if found < 0.9 * promised[0] - 1:
+        return f"it ends after {found:,} of {promised[0]:,} frames"
 
 
 def check(args):
@@ -148,31 +161,44 @@ def check(args):
     write(out / "bad.txt", bad)
 
 
+def encode(source, draft):
+    """Writes a video anew. Raises VideoError if it can't be read."""
+    with opened(source) as (_, old):
+        rate = old.guessed_rate
+    with open(draft, "wb") as file, av.open(file, "w", format="mp4") as new:
+        stream, shown = new.add_stream("libx264", rate=rate, options=H264), -1
+        for frame, seconds in all_frames(source):
+            if shown < 0:
+                sides = to_rgb(frame).shape[:2]  # upright
+                sides = [max(2, 2 * round(128 * side / min(sides))) for side in sides]
+                (stream.height, stream.width), stream.pix_fmt = sides, "yuv420p"
+                stream.codec_context.time_base = frame.time_base
+                stream.codec_context.thread_count, like = 1, torch.empty(*sides, 3)
+            # By way of RGB, as files code colours in several ways.
+            image = av.VideoFrame.from_ndarray(to_rgb(frame, like).numpy(), format="rgb24")
+            image.time_base = frame.time_base
+            image.pts = shown = max(shown + 1, round(seconds / frame.time_base))
+            new.mux(stream.encode(image))
+        new.mux(stream.encode(None))
+
+
 def re_encode(job):
-    """Writes a video anew, job = (source, target); returns why it can't be done, or None."""
-    source, target = job
-    draft = target.with_name(f".{target.name}.unfinished")
+    """Prepares a video, job = (source, target, folder); returns why it can't be done, or None."""
+    source, target, folder = job
+    draft = folder / f".{os.getpid()}.unfinished"  # claim removes those of a killed process
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with (av.open(str(source), metadata_errors="replace") as old,
-              av.open(str(draft), "w", format="mp4") as new):
-            video = video_stream(old)
-            stream = new.add_stream("libx264", rate=video.average_rate, options=H264)
-            scale = 256 / min(video.width, video.height)
-            stream.width, stream.height = (max(2, 2 * round(side * scale / 2))
-                                           for side in (video.width, video.height))
-            stream.pix_fmt, stream.codec_context.time_base = "yuv420p", video.time_base
-            stream.codec_context.thread_count = 1
-            for frame in old.decode(video):
-                image = frame.reformat(stream.width, stream.height, "yuv420p", threads=1)
-                image.pict_type = 0  # the encoder's choice
-                new.mux(stream.encode(image))
-            new.mux(stream.encode(None))
-        decode(str(draft), lambda n: [[0, n - 1]])  # a last look before it counts
+        encode(source, draft)
+        decode(draft, lambda n: [[0, n - 1]])  # a last look before it counts
         draft.replace(target)
-    except Exception as error:  # whatever a damaged video brings about
+    except VideoError as error:
+        return str(error)
+    except OSError as error:
+        return FULL if error.errno == errno.ENOSPC else f"it can't be written: {error.strerror}"
+    except av.FFmpegError:
+        return "it can't be encoded as H.264"
+    finally:
         draft.unlink(missing_ok=True)
-        return getattr(error, "strerror", None) or str(error)
 
 
 def prepare(args):
@@ -180,24 +206,24 @@ def prepare(args):
     source, target = Path(args.folder).resolve(), Path(args.target).resolve()
     if not source.is_dir() or target.is_relative_to(source) or source.is_relative_to(target):
         raise UserError(f"{source} must be a folder of videos, and {target} another one outside it")
-    files = files_below(source)
+    files, jobs, bad = files_below(source), [], []
     twins = Counter(path.with_suffix("") for path in files if path.suffix.lower() in SUFFIXES)
-    jobs, bad = [], []
-    for path in files:
-        kind, goal = path.suffix.lower(), target / path.relative_to(source)
-        if kind in SUFFIXES and twins[path.with_suffix("")] == 1:  # else lists find the wrong one
-            goal = goal.with_suffix(".mp4")
-        if kind in SUFFIXES and not goal.exists():
-            jobs.append((path, goal))
-        if kind in (".csv", ".json", ".txt") and not goal.exists():
-            text = os.fsdecode(path.read_bytes()).replace(f"{source}/", f"{target}/")
-            write(goal, text.splitlines(keepends=True))
-    for (path, _), reason in in_parallel(re_encode, jobs, args.workers, "preparing"):
-        if reason == os.strerror(errno.ENOSPC):
-            raise RunError(f"no room is left for {target}: make some, the same command goes on")
-        if reason:
-            bad.append(f"{path}: {reason}\n")
-    write(target / "bad.txt", bad)
+    with claim(target):
+        for path in files:
+            kind, goal = path.suffix.lower(), target / path.relative_to(source)
+            if kind in SUFFIXES and twins[path.with_suffix("")] == 1:  # else lists find the wrong
+                goal = goal.with_suffix(".mp4")
+            if kind in SUFFIXES and not goal.exists():
+                jobs.append((path, goal, target))
+            if kind in (".csv", ".json", ".txt") and not goal.exists():
+                lines = os.fsdecode(path.read_bytes()).replace(f"{source}/", f"{target}/")
+                write(goal, lines.splitlines(keepends=True))
+        for (path, *_), reason in in_parallel(re_encode, jobs, args.workers, "preparing"):
+            if reason == FULL:
+                raise RunError(f"{FULL} for {target}: make some, the same command goes on")
+            if reason:
+                bad.append(f"{path}: {reason}\n")
+        write(target / "bad.txt", bad)
 
 
 def main(argv=None):

@@ -3,10 +3,11 @@
     python extras/weights.py import FILE_OR_FOLDER videomae.pt
     python extras/weights.py export out/k400-base-pixel --to hf FOLDER     or: --to authors FILE.pth
 
-import takes Hugging Face's VideoMAEModel, VideoMAEForPreTraining, VideoMAEForVideoClassification (a
-folder; .bin, .pt; .safetensors with that package), and files of the authors' and VideoMAE's code,
-fine-tuned ones too. It writes what sigma.load_model and any --init take. export takes these and
-runs; hf is weights and config.json, of the encoder alone if the target is not pixels or classes.
+import takes files of the authors' and VideoMAE's code, pretraining and fine-tuned ones, and Hugging
+Face's VideoMAEModel, VideoMAEForPreTraining and VideoMAEForVideoClassification, a file or a folder
+with its config.json; .safetensors with that package. It writes what any --init takes, wholly or not
+at all. export takes such a file or a run. For hf it writes a folder that from_pretrained and
+pipelines read, with the encoder alone if the target is neither pixels nor classes.
 """
 import argparse
 import json
@@ -17,9 +18,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
-from sigma import SIGMA, Encoder, UserError, fill, sizes_of
-from train import RECIPE, at_least, launch, parser_with, save_atomically
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
+from extras.run import launch, save_atomically
+from sigma import (DINO_WIDTHS, IMAGENET_MEAN, IMAGENET_STD, SIGMA, SIZES, Encoder, UserError,
+                   depth_of, fill, read_file)
+from train import RECIPE, at_least, parser_with
 
 NAMES = [  # ours and Hugging Face's, in this order: how names begin, then parts within blocks
     ("encoder.patch_embed.proj.", "videomae.embeddings.patch_embeddings.projection."),
@@ -29,6 +32,31 @@ NAMES = [  # ours and Hugging Face's, in this order: how names begin, then parts
     (".attn.proj.", ".attention.output.dense."), (".attn.", ".attention.attention."),
     (".mlp.fc1.", ".intermediate.dense."), (".mlp.fc2.", ".output.dense.")]
 QKV = ("query", "key", "value")  # three weights of theirs, in the order of our one
+CLIP = {"num_frames": "frames", "sampling_rate": "stride", "input_size": "size",
+        "image_size": "size"}  # their settings and ours
+FILES = ("last.pt", "pytorch_model.bin", "model.safetensors")  # what to look for in a folder
+
+
+def read(path):
+    """(the file that was read, its content). Runs no code of it. Raises UserError."""
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in FILES if (path / name).is_file()]
+        if not found:
+            raise UserError(f"{path} has none of {', '.join(FILES)}")
+        path = found[0]
+    if path.suffix != ".safetensors":
+        with torch.serialization.safe_globals([argparse.Namespace]):  # flags in the authors' files
+            return path, read_file(path)
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise UserError(f"to read {path} do: pip install safetensors") from error
+    try:
+        return path, load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} can't be read: {error}") from error
 
 
 def renamed(weights, pairs):
@@ -47,64 +75,123 @@ def our_names(weights):
     pairs += [(".query.bias", ".q_bias"), (".value.bias", ".v_bias")]  # of transformers 5
     weights = renamed(weights, pairs)
     for name in [name for name in weights if name.endswith(".query.weight")]:
-        qkv = torch.cat([weights.pop(name.replace("query", part)) for part in QKV])
-        weights[name.replace("query", "qkv")] = qkv
+        parts = [name.replace("query", part) for part in QKV]
+        if weights.keys() >= set(parts):  # else they are listed as not fitting
+            weights[name.replace("query", "qkv")] = torch.cat([weights.pop(n) for n in parts])
     return {re.sub(r"^head\.(?=\d)", "projector.", n): w.detach() for n, w in weights.items()}
+
+
+def sizes_of(weights):
+    """The sizes of a network with these weights: SIGMA's, or a classifier's or an encoder's.
+
+    Shapes tell all but the number of heads: that of the entry in SIZES with this width, or None.
+    """
+    dim, _, *tube = weights["encoder.patch_embed.proj.weight"].shape
+    row = next((row for row in SIZES.values() if row["dim"] == dim), {})
+    sizes = dict(dim=dim, depth=depth_of(weights, "encoder.blocks"), heads=row.get("heads"),
+                 tube=tuple(tube))
+    if "head.weight" in weights:
+        sizes["classes"] = len(weights["head.weight"])
+    if "mask_token" not in weights:
+        return sizes
+    sizes |= dict(decoder_dim=weights["mask_token"].shape[-1], target="pixel",
+                  decoder_depth=depth_of(weights, "decoder.blocks"),
+                  decoder_heads=row.get("decoder_heads"))
+    widths = [len(w) for name, w in weights.items() if re.match(r"projector\.\d+\.bias", name)]
+    if widths:
+        sizes |= dict(target="l2", target_dim=widths[-1], projector_widths=widths[:-1])
+    if "prototypes" in weights:
+        number, width = weights["prototypes"].shape
+        dino = "dino-s" if width == DINO_WIDTHS["dino-s"] else "dino"
+        sizes |= dict(target="mlp" if widths else dino, target_dim=width, prototypes=number)
+    return sizes
+
+
+def read_config(path, sizes):
+    """Hugging Face's config.json with transformers' defaults, {} if there is none. Raises UserError
+    if it describes another network than ours of these sizes."""
+    if not path.is_file():
+        print(f"there is no {path}: taken to be built like VideoMAE's published ones")
+        return {}
+    try:
+        config = dict(num_attention_heads=12, decoder_num_attention_heads=6, num_frames=16,
+                      image_size=224) | json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError) as error:  # no JSON, or a list
+        raise UserError(f"{path} can't be read: {error}") from error
+    wanted = dict(model_type="videomae", hidden_act="gelu", qkv_bias=True, qv_bias=True,
+                  num_channels=3, tubelet_size=sizes["tube"][0], hidden_size=sizes["dim"],
+                  num_hidden_layers=sizes["depth"], intermediate_size=4 * sizes["dim"])
+    if width := sizes.get("decoder_dim"):
+        wanted |= dict(decoder_hidden_size=width, decoder_intermediate_size=4 * width,
+                       decoder_num_hidden_layers=sizes["decoder_depth"], norm_pix_loss=True)
+    differ = [f"{name} is {config[name]!r}, not {value!r}" for name, value in wanted.items()
+              if config.get(name, value) != value]
+    if config.get("layer_norm_eps", 0) > 1e-6:  # less changes outputs by less than 1e-5
+        differ.append(f"layer_norm_eps is {config['layer_norm_eps']}, not 1e-06 or less")
+    if isinstance(sides := config["image_size"], list):
+        config["image_size"] = sides[0]
+        differ += [f"image_size is {sides}, not square"] if len(set(sides)) > 1 else []
+    if differ:
+        raise UserError(f"{path} describes a network that is not built here: {'; '.join(differ)}")
+    return config
+
+
+def check_complete(weights, sizes, path):
+    """Raises UserError, with names, if weights of a network of these sizes are missing, left over
+    or of another shape."""
+    with torch.device("meta"):  # the network without its memory
+        if "decoder_dim" in sizes:
+            net = SIGMA(**sizes)
+        else:
+            encoder = Encoder(**{name: sizes[name] for name in ("dim", "depth", "heads", "tube")})
+            net = nn.ModuleDict({"encoder": encoder})
+            if "encoder.norm.weight" not in weights:  # classifiers have another behind the mean
+                encoder.norm = nn.Identity()
+            if "classes" in sizes:
+                net.fc_norm = nn.LayerNorm(sizes["dim"])
+                net.head = nn.Linear(sizes["dim"], sizes["classes"])
+    fill(net, {name: w.to("meta") for name, w in weights.items()}, path)
 
 
 def convert(path, heads=None, decoder_heads=None):
     """A checkpoint of any layout -> {"model": weights in our names, "sizes": their network's,
-    "args": frames and size of its clips, if it tells}. heads, decoder_heads: default config.json's,
-    or the paper's for networks as wide. Runs no code of the file. Raises UserError if weights are
-    missing or left over, with their names."""
-    names = ("last.pt", "pytorch_model.bin", "model.safetensors")  # in a folder
-    path = next((Path(path, name) for name in names if Path(path, name).is_file()), Path(path))
-    beside, config = path.with_name("config.json"), {}
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            content = load_file(path)
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # flags in older files
-                content = torch.load(path, map_location="cpu", weights_only=True)
-        theirs = content.get("model", content.get("module", content))
-        weights = our_names(theirs)
-        sizes = content.get("sizes") or sizes_of(weights)
-        args = content["args"] if "sizes" in content else {}  # the authors' is a Namespace
-        if beside.is_file() and any("layernorm_before" in name for name in theirs):
-            config = json.loads(beside.read_text())
-            args = dict(frames=config["num_frames"], size=config["image_size"])
-    except Exception as error:  # whatever a damaged or foreign file brings about
-        reason = re.findall(r"^.*|GLOBAL \S+", str(error))[-1][:200]  # GLOBAL: code it asks for
-        raise UserError(f"{path} holds no complete SIGMA or VideoMAE ({reason})") from error
+    "args": its clips' frames, stride and size, as far as it tells}. heads, decoder_heads: default
+    config.json's, or the paper's for networks as wide. Raises UserError."""
+    path, content = read(path)
+    theirs = content.get("model", content.get("module", content))
+    plain = isinstance(theirs, dict) and all(isinstance(w, torch.Tensor) for w in theirs.values())
+    weights = our_names(theirs) if plain else {}
+    if getattr(weights.get("encoder.patch_embed.proj.weight"), "ndim", 0) != 5:
+        raise UserError(f"{path} holds no SIGMA or VideoMAE, or not its weights alone")
     if "head.weight" in weights and "fc_norm.weight" not in weights:
         raise UserError(f"{path} is a classifier without mean pooling (no fc_norm): not supported")
-    with torch.device("meta"):  # the network without its memory: does each weight fit?
-        if "decoder_dim" in sizes:
-            net = SIGMA(**sizes)
-        else:
-            sizes = {name: sizes[name] for name in ("dim", "depth", "heads", "tube")}
-            net = nn.ModuleDict({"encoder": Encoder(**sizes)})
-            if "encoder.norm.weight" not in weights:  # classifiers have another behind the mean
-                net.encoder.norm = nn.Identity()
-        if "head.weight" in weights:
-            net.fc_norm = nn.LayerNorm(sizes["dim"])
-            net.head = nn.Linear(sizes["dim"], len(weights["head.weight"]))
-    fill(net, {name: w.to("meta") for name, w in weights.items()}, path)
+    if "mask_token" in weights and "encoder.norm.weight" not in weights:
+        raise UserError(f"{path} has no norm behind its encoder: transformers leaves it out if use_"
+                        "mean_pooling is True, its default; the published networks have one")
+    sizes, args, config = content.get("sizes"), content.get("args", {}), {}
+    if not sizes:
+        sizes, told = sizes_of(weights), {}
+        if any("layernorm_before" in name for name in theirs):
+            told = config = read_config(path.with_name("config.json"), sizes)
+        elif isinstance(args, argparse.Namespace):
+            told = vars(args)
+        args = {ours: told[name] for name, ours in CLIP.items() if isinstance(told.get(name), int)}
     for part, given in (("", heads), ("decoder_", decoder_heads)):
         number = given or config.get(f"{part}num_attention_heads") or sizes.get(f"{part}heads")
         if width := sizes.get(f"{part}dim"):
             if not number or width % number:
                 raise UserError(f"{path} needs --{part.replace('_', '-')}heads that divide {width}")
             sizes[f"{part}heads"] = number
+    check_complete(weights, sizes, path)
     return {"model": weights, "sizes": sizes, "args": args}
 
 
 def to_hugging_face(content):
-    """What convert returns -> weights in Hugging Face's names, and the contents of config.json."""
+    """What convert returns -> weights in Hugging Face's names, contents of config.json, and of
+    preprocessor_config.json."""
     weights, sizes, clip = content["model"], content["sizes"], RECIPE | content["args"]
-    kind, pairs = "Model", NAMES
-    if "head.weight" in weights:
+    kind, pairs, (p, q, r), side = "Model", NAMES, sizes["tube"], clip["size"]
+    if "classes" in sizes:
         kind = "ForVideoClassification"
     elif sizes.get("target") == "pixel":
         kind = "ForPreTraining"
@@ -117,18 +204,38 @@ def to_hugging_face(content):
         for part, rows in zip(QKV, theirs.pop(name).chunk(3)):
             theirs[name.replace("qkv", part)] = rows.clone()
     config = dict(model_type="videomae", architectures=[f"VideoMAE{kind}"], layer_norm_eps=1e-6,
-                  num_frames=clip["frames"], image_size=clip["size"], tubelet_size=sizes["tube"][0],
-                  patch_size=sizes["tube"][1], num_labels=len(weights.get("head.weight", "01")),
+                  num_frames=clip["frames"], image_size=side, tubelet_size=p,
+                  patch_size=q if q == r else (q, r), num_labels=sizes.get("classes", 2),
                   use_mean_pooling="encoder.norm.weight" not in weights)
     for part in ("", "decoder_"):
         if width := sizes.get(f"{part}dim"):
             config |= {f"{part}hidden_size": width, f"{part}intermediate_size": 4 * width,
                        f"{part}num_hidden_layers": sizes[f"{part}depth"],
                        f"{part}num_attention_heads": sizes[f"{part}heads"]}
-    return theirs, config
+    return theirs, config, dict(
+        image_processor_type="VideoMAEImageProcessor", do_resize=True, resample=2,  # bilinear
+        size=dict(shortest_edge=side), do_center_crop=True, crop_size=dict(height=side, width=side),
+        do_rescale=True, do_normalize=True, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
+
+
+def write_hugging_face(folder, weights, config, images):
+    """Writes a folder for from_pretrained, the weights last, and returns their path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "preprocessor_config.json").write_text(json.dumps(images, indent=2) + "\n")
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        print("to get model.safetensors do: pip install safetensors; without it")
+        save_atomically(folder / "pytorch_model.bin", weights)
+        return folder / "pytorch_model.bin"
+    draft = folder / "model.safetensors.unfinished"
+    save_file({name: w.contiguous() for name, w in weights.items()}, draft, {"format": "pt"})
+    return draft.replace(folder / "model.safetensors")
 
 
 def main(argv=None):
+    """import or export, from the flags to the file."""
     parser = parser_with(__doc__)
     parser.add_argument("command", choices=["import", "export"])
     parser.add_argument("source", help="a checkpoint, or the folder of a run or of Hugging Face's")
@@ -139,20 +246,19 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if (args.command == "export") != bool(args.to):
         parser.error("export takes --to hf or --to authors, import does not")
-    out, beside = args.out, args.out / "config.json"
+    places = [args.out] if args.to != "hf" else [
+        args.out / name for name in ("config.json", "preprocessor_config.json", *FILES)]
+    if there := [path for path in places if path.exists()]:
+        raise UserError(f"{there[0]} is there already: choose another place")
+    content, out = convert(args.source, args.heads, args.decoder_heads), args.out
     if args.to == "hf":
-        out = args.out / "pytorch_model.bin"
-    if out.exists() or beside.exists():
-        raise UserError(f"{out} or {beside} is there already: choose another place")
-    content = convert(args.source, args.heads, args.decoder_heads)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if args.to == "authors":
-        pair = ("encoder.", "") if "head.weight" in content["model"] else ("projector.", "head.")
-        content = {"model": renamed(content["model"], [pair])}
-    elif args.to == "hf":
-        content, config = to_hugging_face(content)
-        beside.write_text(json.dumps(config, indent=2) + "\n")
-    save_atomically(out, content)
+        out = write_hugging_face(out, *to_hugging_face(content))
+    else:
+        if args.to == "authors":
+            pair = ("encoder.", "") if "classes" in content["sizes"] else ("projector.", "head.")
+            content = {"model": renamed(content["model"], [pair])}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_atomically(out, content)
     print(f"wrote {out}")
 
 
