@@ -10,7 +10,6 @@ Something-Something, UCF101 and HMDB51 into lists. Only a clip's frames are deco
 uint8 until it is on the training device.
 """
 import glob
-import itertools
 import math
 import os
 import re
@@ -20,7 +19,7 @@ from bisect import bisect_left, bisect_right
 from collections import namedtuple
 from contextlib import contextmanager
 from functools import cache
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 
 import av
@@ -102,8 +101,8 @@ def read_list(file, skipped, several=False):
         elif len(labels) > 1 and not several:
             reason = f"{len(labels)} fields follow the path, not one label"
         else:
-            labels = tuple(int(label) for label in labels if label != "-1")
-            videos.append((str(path), labels if several else (*labels, -1)[0]))
+            labels = tuple(map(int, labels or [-1]))
+            videos.append((str(path), labels if several and labels != (-1,) else labels[0]))
             continue
         if line:
             skipped.append(f'{file}, line {number}, "{line[:200]}": {reason}')
@@ -165,15 +164,11 @@ def held_out(videos, classes, root, val=None, required=False):
     the training videos have no labels. required: raises UserError if there are none, or if a
     training or test video lacks its label."""
     tests, several = [], any(isinstance(label, tuple) for _, label in videos)
-    if required or any(label not in (-1, ()) for _, label in videos):
+    if required or any(label != -1 for _, label in videos):
         splits = ("val", "test", "") if val else ("val", "test")
         tests = find_videos(val or root, splits, classes, several)[0]
         check_labels(videos + tests, val or root)
-
-    def lack_labels(part):  # one of several may have none
-        return any(label == -1 for _, label in part) or all(label == () for _, label in part)
-
-    if required and (lack_labels(videos) or lack_labels(tests)):
+    if required and (not tests or any(label == -1 for _, label in videos + tests)):
         raise UserError("give labelled videos to train and to test on, as class folders or lines "
                         "`path label`: train and val in --data, or --data and --val")
     return [video for video in tests if video[1] != -1]
@@ -199,7 +194,7 @@ def decode(path, choose, watch=None):
     upright as the file's display matrix says.
 
     Frame i is the i-th that is shown if the rate is constant, else the last one shown by i / n of
-    the time from the first of n frames to the last. A video that ends sooner holds its last frame.
+    the time from the first of n frames to the last. A file that ends sooner holds its last frame.
     watch(frame, position, turns) is called with each decoded frame, motion vectors included: its
     place in frames from the first, and the quarter turns anticlockwise that make it upright. Where
     positions do not ascend, reading has started again. Raises VideoError with the reason.
@@ -208,13 +203,13 @@ def decode(path, choose, watch=None):
         image = to_rgb(next(in_order(path))).permute(2, 0, 1)
         return [image.expand(len(clip), -1, -1, -1) for clip in choose(1)]
     with opened(path, watch) as (container, stream):
-        times, keys = frame_times(path, container, stream)
+        times, sure = frame_times(path, container, stream)
         step = (times[-1] - times[0]) / (len(times) - 1 or 1) or 1
         clips = [frame_numbers(times, step, clip) for clip in choose(len(times))]
         numbers = sorted({number for clip in clips for number in clip})
         see = watch and (lambda number, frame: watch(
             frame, (times[number] - times[0]) / step, quarter_turns(frame)))
-        images = collect(by_time(container, stream, times, keys, numbers), numbers, see)
+        images = collect(by_time(container, stream, times, numbers), numbers, see) if sure else {}
     if len(images) < len(numbers):
         images = collect(enumerate(in_order(path, watch, hold=True)), numbers, see)
     return [torch.stack([images[number] for number in clip]).permute(0, 3, 1, 2) for clip in clips]
@@ -258,6 +253,80 @@ def video_stream(container):
     raise VideoError("it has no video stream of a known codec")
 
 
+def frame_times(path, container, stream):
+    """When each frame is shown, ascending, in ticks; and whether a frame's time stamp is its time,
+    so that it can be found: else frames must be counted from the beginning.
+
+    mp4 and avi list their frames. In others all packets are read, undecoded, since the length that
+    a file states may be its sound's.
+    """
+    context, kind, rows, first = stream.codec_context, container.format.name, [], None
+    reorders = context.has_b_frames  # decodes frames in another order than they are shown in
+    # avi has no times of showing, mpg has few, and MPEG-4 may pack two frames into one packet.
+    guessed = kind == "mpeg" or reorders and (kind == "avi" or context.name == "mpeg4")
+    listed = [entry.timestamp for entry in stream.index_entries]
+    even = len(listed) == stream.frames and len({b - a for a, b in pairwise(listed)}) == 1
+    for packet in container.demux(stream):
+        if packet.size and not (context.name == "vp8" and not memoryview(packet)[0] & 16):  # hidden
+            first = first or packet
+            rows.append((packet.pts, packet.dts, packet.is_discard))  # cut off by an edit list
+            even = even and first.is_keyframe and not packet.is_discard
+            if even and (guessed or not reorders or rows[-1][0] < rows[-2:][0][0]):
+                rows = [(time + (first.pts or 0) - listed[0], time, False) for time in listed]
+                reorders = False
+                break
+    if not guessed:  # a packet without a time is the second field of a frame
+        timed = [row for row in rows if row[0] is not None] or rows
+        guessed, rows = len(timed) < len(rows), timed
+    times = sorted(pts for pts, _, cut in rows if pts is not None and not cut)
+    if not rows or not (times or guessed):
+        raise VideoError("it holds no frames")
+    whole = first.is_keyframe and (first.pts is None or first.pts <= times[0])
+    pts, dts = [row[0] for row in rows], [row[1] for row in rows if row[1] is not None]
+    if guessed or len(set(pts)) < len(pts) or dts != sorted(dts) or reorders and pts == times:
+        step = float(1 / ((stream.guessed_rate or 25) * stream.time_base))
+        n = len(rows) if whole else sum(1 for _ in in_order(path))
+        return [i * step for i in range(n)], False
+    start = 0 if whole else bisect_left(times, next(in_order(path)).pts)
+    return times[start:], True
+
+
+def frame_numbers(times, step, clip):
+    """The numbers of the frames that the indices of a clip stand for. step: the mean of times'."""
+    if all(abs(time - times[0] - i * step) < step / 2 for i, time in enumerate(times)):
+        return [min(i, len(times) - 1) for i in clip]  # a constant rate, but for rounding
+    return [bisect_right(times, times[0] + i * step + min(1, step / 2)) - 1 for i in clip]
+
+
+def by_time(container, stream, times, numbers):
+    """Pairs (number, frame), from the key frame before the first of the numbers to the last. It
+    ends sooner if the file can't be entered there, or frames don't come in order."""
+    context, place = stream.codec_context, {time: number for number, time in enumerate(times)}
+    wanted, packets, last = {times[number] for number in numbers}, [], -1
+    first, missing = min(wanted), set(wanted)
+    try:
+        container.seek(first, stream=stream)
+    except av.FFmpegError:
+        return
+    for packet in container.demux(stream):  # all of them first: in turn with decoding takes longer
+        late = not packet.is_keyframe or packet.pts is None or packet.pts > first
+        if not missing or late and not packets:
+            break
+        if packet.size:
+            packets.append(packet)
+            missing.discard(packet.pts)
+    for packet in [*packets, None]:  # None: what the decoder still holds back
+        # A frame that is neither wanted nor referred to needs no decoding.
+        skip = context.name in ("h264", "hevc") and packet and packet.pts not in wanted
+        context.skip_frame = "NONREF" if skip else "DEFAULT"
+        for frame in context.decode(packet):
+            number = place.get(frame.pts, -1)
+            if number <= last:
+                return
+            yield number, frame
+            last = number
+
+
 def in_order(path, motion=False, hold=False):
     """The frames of a file from its beginning: decoders give them in the order in which they are
     shown. hold: the last one comes for ever. Raises VideoError if there are none."""
@@ -276,89 +345,6 @@ def in_order(path, motion=False, hold=False):
         raise VideoError("none of its frames can be decoded")
     while hold:
         yield frame
-
-
-def frame_times(path, container, stream):
-    """When each frame is shown, ascending, in ticks; and the times of key frames, where decoding
-    can start: none if frames can't be told by their times, only by counting from the beginning.
-
-    mp4 and avi list their frames. In others all packets are read, undecoded, since the length that
-    a file states may be its sound's.
-    """
-    context, kind, rows = stream.codec_context, container.format.name, []
-    reorders = context.has_b_frames  # decodes frames in another order than they are shown in
-    # avi has no times of showing, mpg has few, and MPEG-4 may pack two frames into one packet.
-    guessed = kind == "mpeg" or reorders and (kind == "avi" or context.name == "mpeg4")
-    listed = [(entry.timestamp, entry.is_keyframe) for entry in stream.index_entries]
-    even = len(listed) == stream.frames and len({b - a for (a, _), (b, _) in pairwise(listed)}) == 1
-    for packet in container.demux(stream):
-        hidden = context.name == "vp8" and packet.size and not memoryview(packet)[0] & 16
-        if packet.size and not hidden:
-            rows.append((packet.pts, packet.dts, packet.is_keyframe, packet.is_discard))
-            even = even and rows[0][2] and not packet.is_discard  # discard: cut by an edit list
-            if even and (guessed or not reorders or rows[-1][0] < rows[-2:][0][0]):
-                shift, reorders = (rows[0][0] or 0) - listed[0][0], False
-                rows = [(time + shift, time, key, False) for time, key in listed]
-                break
-    if not guessed:  # a packet without a time is the second field of a frame
-        timed = [row for row in rows if row[0] is not None] or rows
-        guessed, rows = len(timed) < len(rows), timed
-    times = sorted(pts for pts, _, _, cut in rows if not cut and pts is not None)
-    if not rows or not times and not guessed:
-        raise VideoError("it holds no frames")
-    pts, dts, key, _ = zip(*rows)
-    whole = key[0] and (pts[0] is None or pts[0] <= times[0])  # it starts with its first frame
-    dts = [time for time in dts if time is not None]
-    if guessed or len(set(pts)) < len(pts) or dts != sorted(dts) or reorders and times == list(pts):
-        step = float(1 / ((stream.guessed_rate or 25) * stream.time_base))
-        n = len(rows) if whole else sum(1 for _ in in_order(path))
-        return [i * step for i in range(n)], []
-    first = 0 if whole else bisect_left(times, next(in_order(path)).pts)
-    return times[first:], [time for time, key in zip(pts, key) if key]
-
-
-def frame_numbers(times, step, clip):
-    """The numbers of the frames that the indices of a clip stand for. step: the mean of times'."""
-    if all(abs(time - times[0] - i * step) < step / 2 for i, time in enumerate(times)):
-        return [min(i, len(times) - 1) for i in clip]  # a constant rate, but for rounding
-    return [bisect_right(times, times[0] + i * step + min(1, step / 2)) - 1 for i in clip]
-
-
-def by_time(container, stream, times, keys, numbers):
-    """Pairs (number, frame), from the key frame before the first of the numbers to the last. It
-    ends sooner if the file can't be entered there, or frames do not come in order."""
-    context, place = stream.codec_context, {time: number for number, time in enumerate(times)}
-    wanted = {times[number] for number in numbers}
-    packets, missing, first, last = [], set(wanted), times[numbers[0]], -1
-    starts = [key for key in keys if key <= first]
-    if not starts:
-        return
-    try:
-        container.seek(max(starts), stream=stream)
-    except av.FFmpegError:
-        return
-    for packet in container.demux(stream):  # all of them first: in turn with decoding takes longer
-        late = not packet.is_keyframe or packet.pts is None or packet.pts > first
-        if not missing or late and not packets:
-            break
-        if packet.size:
-            packets.append(packet)
-            missing.discard(packet.pts)
-
-    def decoded():
-        for packet in packets:
-            # A frame that is neither wanted nor referred to needs no decoding.
-            skip = context.name in ("h264", "hevc") and packet.pts not in wanted
-            context.skip_frame = "NONREF" if skip else "DEFAULT"
-            yield from packet.decode()
-        yield from context.decode(None)  # those that the decoder still holds back
-
-    for frame in decoded():
-        number = place.get(frame.pts, -1)
-        if number <= last:
-            return
-        yield number, frame
-        last = number
 
 
 def collect(frames, numbers, see):
@@ -485,7 +471,7 @@ def endless_order(n, batch, rank=0, world=1, seed=0, start=0):
     All ranks together count positions from `start` on, `batch` in turn for each of `world` ranks.
     So what a step sees depends on how far the run is, not on how many processes share it.
     """
-    for position in itertools.count(start):
+    for position in count(start):
         if position == start or position % n == 0:  # a new pass
             order = torch.randperm(n, generator=seeded(seed, position // n)).tolist()
         if (position - start) // batch % world == rank:

@@ -43,8 +43,8 @@ RECIPES = {  # what a data set changes; ucf101 and hmdb51: the paper does not pr
     "ssv2 small": dict(stride=2, epochs=2400, gpu_batch=16, global_batch=8 * 16),
     "toy": dict(frames=8, stride=1, size=32, ratio=0.75, epochs=16, warmup=1, lr=6e-3, eps=0.03,
                 gpu_batch=64, global_batch=64, workers=0),
-    "tiny": dict(size=64, ratio=0.75, epochs=40, warmup=4, lr=1.5e-3, gpu_batch=64,
-                 global_batch=64),  # that model on any data but toy
+    "tiny": dict(tube=(4, 16, 16), size=64, ratio=0.75, epochs=60, warmup=7, lr=3e-3, gpu_batch=32,
+                 global_batch=32),  # that model on any data but toy
 }
 EVAL_CLIPS = 10_000  # of each split, for probe and k-NN
 DINO = {  # target: (address of its weights, how their SHA-256 begins; not known for ViT-S)
@@ -57,7 +57,8 @@ DINO = {  # target: (address of its weights, how their SHA-256 begins; not known
 def recipe(data, model):
     """The settings for a model on a data set."""
     own = "tiny" if model == "tiny" and data != "toy" else data
-    return RECIPE | RECIPES.get(f"{own} {model}", RECIPES.get(own, {}))
+    tube = sizes_for(model)["tube"] if model in SIZES else None
+    return {"tube": tube} | RECIPE | RECIPES.get(f"{own} {model}", RECIPES.get(own, {}))
 
 
 def locate(data, root=None):
@@ -133,12 +134,13 @@ def parse(argv, clips_class=Clips):
     parser = parser_with(__doc__, *FLAGS)
     known, _ = parser.parse_known_args(argv)
     model = known.model or ("tiny" if known.data == "toy" else "base")
-    sizes, name = sizes_for(model), f"{Path(known.data).resolve().stem}-{model}-{known.target}"
-    parser.set_defaults(model=model, out=f"out/{name}", prototypes=sizes["prototypes"],
-                        clips=clips_class.__name__, **recipe(known.data, model))
-    args, tube = parser.parse_args(argv), sizes["tube"]
-    check(parser, args, tube)
-    if not 0 < int(args.ratio * (args.size // tube[1]) ** 2) < (args.size // tube[1]) ** 2:
+    name = f"{Path(known.data).resolve().stem}-{model}-{known.target}"
+    parser.set_defaults(model=model, out=f"out/{name}", clips=clips_class.__name__,
+                        prototypes=sizes_for(model)["prototypes"], **recipe(known.data, model))
+    args = parser.parse_args(argv)
+    check(parser, args, args.tube)
+    places = (args.size // args.tube[1]) ** 2  # of a slice
+    if not 0 < int(args.ratio * places) < places:
         parser.error(f"--ratio {args.ratio:g} hides all tubes of --size {args.size}, or none")
     if args.teacher and args.target not in DINO:
         parser.error("--teacher only applies to --target dino or dino-s")
@@ -252,8 +254,8 @@ def fit(args, model, optimizer, clips, loss_of, *, sizes, before=None, probe=Non
 
 def prepare_model(args, before):
     """The model on its device, its sizes, and the teacher of a DINO target or None."""
-    sizes, teacher = sizes_for(args.model, args.target, eps=args.eps,
-                               prototypes=args.prototypes), None
+    teacher, sizes = None, sizes_for(args.model, args.target, tube=args.tube, eps=args.eps,
+                                     prototypes=args.prototypes)
     if args.target in DINO_WIDTHS:
         teacher = make_teacher(args, sizes["tube"]).to(DEVICE)
         sizes["target_dim"] = teacher.dim

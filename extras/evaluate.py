@@ -4,8 +4,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from data import normalise
-from extras.run import DEVICE, GPU, RANK, WORLD, autocast, gather, loader, log, progress
+from data import normalise, progress
+from extras.run import DEVICE, GPU, RANK, WORLD, autocast, gather, loader, log
 from sigma import UserError
 
 PROTOCOL = ("top-1, frozen encoder, mean over tokens, one centre clip per video; probe: ridge "

@@ -71,7 +71,7 @@ class Windows(IterableDataset):
                  for start in range(0, max(n - span, 0) + 1, self.step)]
         facts = dict(path=str(path), fps=rate, frames=n, duration=n / rate, windows=len(clips),
                      feature_stride=self.step, window_span=span)
-        shown = frame_numbers(ticks, range(n))
+        shown = frame_numbers(ticks, step, range(n))
         return facts, self.read(path, clips, shown, ticks if keys else None)
 
     def read(self, path, clips, shown, times):

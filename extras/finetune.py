@@ -179,7 +179,8 @@ def parse(argv):
     add = parser.add_argument
     add("--freeze", action="store_true", help="linear probe: train LayerNorm and head alone")
     add("--multi-label", action="store_true", help="several labels a line, as for Charades")
-    add("--limit", type=at_least(1), help="number of training videos, balanced over classes")
+    add("--limit", type=at_least(1), help="number of training videos, balanced over classes (with "
+        "--multi-label at random)")
     add("--views", type=at_least(1), nargs=2, metavar=("CLIPS", "CROPS"), help="of a test video")
     add("--sampling", choices=["dense", "segments"], help="frames of a clip, see above")
     add("--no-augment", dest="augment", action="store_false", help="centre crops alone, as for toy")
@@ -187,7 +188,8 @@ def parse(argv):
     known, _ = parser.parse_known_args(argv)
     torch.manual_seed(known.seed)
     size = known.model or ("tiny" if known.data == "toy" else "base")
-    encoder = load_encoder(known.init) if known.init else build_model(size).encoder
+    encoder = (load_encoder(known.init) if known.init else
+               build_model(size, tube=recipe(known.data, size)["tube"]).encoder)
     trained = read_checkpoint(known.init).get("args", {}) if known.init else {}
     model = {row["dim"]: name for name, row in SIZES.items()}.get(encoder.dim, "other")
     own, task = "toy" if model == "tiny" else known.data, "finetune"
@@ -224,25 +226,22 @@ def make_optimizer(model):
 
 
 def find_labelled(args, root):
-    """Videos to train and to test on, the number of classes, and None; with --multi-label a table
-    (videos, classes) of 0 and 1, and a video's label is its row."""
+    """Videos to train and to test on, the number of classes, and None; or, with --multi-label, a
+    table (videos, classes) of 0 and 1, and the label of a video is its row in it."""
     videos, names, skipped = find_videos(root, several=args.multi_label)
     tests = held_out(videos, names, root, args.val, required=True)
     log(f"data      {len(videos):,} videos to train on, {len(tests):,} to test on; skipped "
         f"{len(skipped):,} files or lines{f', first {skipped[0]}' if skipped else ''}")
-
-    def numbers(label):  # class folders give one
-        return list(label) if isinstance(label, tuple) else [label]
-
-    classes = 1 + max(max(numbers(label), default=0) for _, label in videos + tests)
+    labels = [label if isinstance(label, tuple) else (label,) for _, label in videos + tests]
+    classes, table = 1 + max(max(label, default=0) for label in labels), None
+    if args.multi_label:
+        table = torch.zeros(len(labels), classes)
+        for row, label in zip(table, labels):
+            row[list(label)] = 1
+        rows = [(path, i) for i, (path, _) in enumerate(videos + tests)]
+        videos, tests = rows[:len(videos)], rows[len(videos):]
     videos = limit(videos, args.limit, args.seed) if args.limit else videos
-    if not args.multi_label:
-        return videos, tests, classes, None
-    table = torch.zeros(len(videos) + len(tests), classes)
-    for row, (_, label) in zip(table, videos + tests):
-        row[numbers(label)] = 1
-    rows = [(path, i) for i, (path, _) in enumerate(videos + tests)]
-    return rows[:len(videos)], rows[len(videos):], classes, table
+    return videos, tests, classes, table
 
 
 def test(args, model, tests, table, options):

@@ -157,19 +157,22 @@ def draw_curves(runs, path):
                             "pretraining run, or one of an older version")
         losses.append((curves[0], style))
         spreads += [(curves[1], style), (curves[2], style + dashed)]
-        keys.append((escape(Path(run).name), style))
+        keys.append((escape(Path(run).resolve().name), style))
     keys += [("video model", solid("#888")), ("projection network", solid("#888") + dashed)]
-    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 980 380" font-size="14" '
-           'font-family="sans-serif" fill="#222">', '<rect width="980" height="380" fill="#fff"/>',
+    height = 360 + 24 * math.ceil(len(keys) / 4)  # four keys in a row
+    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 980 {height}" font-size="14" '
+           'font-family="sans-serif" fill="#222"><rect width="100%" height="100%" fill="#fff"/>',
            *panel("loss", losses, 65),
            *panel("spread of the features (standard deviation)", spreads, 560)]
-    svg += [f'<g transform="translate({65 + 885 * i // len(keys)},362)"><path d="M0 0h30" {style}/>'
-            f'<text x="38" y="5">{name}</text></g>' for i, (name, style) in enumerate(keys)]
+    svg += [f'<g transform="translate({65 + 230 * (i % 4)},{362 + i // 4 * 24})"><path d="M0 0h30" '
+            f'{style}/><text x="38" y="5">{name}</text></g>'
+            for i, (name, style) in enumerate(keys)]
     path.write_text("\n".join([*svg, "</svg>\n"]), encoding="utf-8")
     print(f"wrote {path}")
 
 
 def main(argv=None):
+    """Pictures of a checkpoint, or curves of runs."""
     parser = parser_with(__doc__, "data", "root", "teacher")
     parser.set_defaults(data=None)  # the run's
     add = parser.add_argument

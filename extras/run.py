@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import SUFFIXES, collate, endless_order
+from data import SUFFIXES, collate, endless_order, progress
 from sigma import RunError, UserError, fill, read_checkpoint
 
 STOP_SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP
@@ -81,13 +81,6 @@ def log(text):
         coding = getattr(sys.stdout, "encoding", None) or "utf-8"
         with contextlib.suppress(OSError):
             tqdm.write(text.encode(coding, "backslashreplace").decode(coding))
-
-
-def progress(items=None, title=None, total=None, **options):
-    """A tqdm bar that moves rarely where its output is kept, as in a job's log."""
-    often = sys.stderr is not None and sys.stderr.isatty()
-    return tqdm(items, title, total, dynamic_ncols=True, mininterval=0.1 if often else 30,
-                maxinterval=10 if often else 30, **options)
 
 
 def gather(thing=None):
@@ -194,7 +187,7 @@ def claim(out):
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             raise UserError(f"another process is at work in {out}: wait for its end, or choose "
-                            "another --out") from error
+                            "another folder") from error
         # Else a file system without locks: drafts have names of their own all the same.
     for draft in Path(out).glob("*.unfinished"):  # of a killed process
         draft.unlink(missing_ok=True)
@@ -226,7 +219,11 @@ def saved_run(args):
         return None
     saved, free = read_checkpoint(args.out), set(
         "root val out teacher batch_size accum amp workers timeout compile eval_every keep_every "
-        "max_steps views".split())
+        "max_steps views clips".split())
+    kind = getattr(args, "clips", None)
+    if saved["args"].get("clips", kind) != kind:
+        raise UserError(f"the run in {args.out} was started by extras/motion.py or train.py, the "
+                        "other one of both: go on with that")
     differ = [f"--{name.replace('_', '-')} {now} (the run has {saved['args'][name]})"
               for name, now in vars(args).items()
               if name not in free and name in saved["args"] and saved["args"][name] != now]

@@ -12,11 +12,10 @@ that DIR lacks (of Kinetics it always lacks some) are named in missing.txt.
     ucf101   ucfTrainTestlist/{classInd,trainlist01,testlist01}.txt; <Class>/v_*.avi; --split 1 to 3
     hmdb51   testTrainMulti_7030_splits/<class>_test_split1.txt; <class>/*.avi; --split 1 to 3
 
-`prepare` writes all frames at their times as H.264, upright with short side 256, a key frame every
-32 frames, B-frames that no other frame needs, no sound. Names and folders stay, except that all end
-in .mp4 (existing lists still work); a.avi beside a.mp4 keeps its name. Lists come along, with their
-absolute paths changed to the new videos. Stopped at any moment it goes on where it was; what is
-there already stays.
+`prepare` writes all frames at their times as H.264: upright, short side 256, a key frame every 32
+frames, B-frames that no other needs, no sound. Folders and names stay, except that all end in .mp4
+(existing lists still work); a.avi beside a.mp4 keeps its name. Lists come along, absolute paths in
+them lead to the new videos. Stopped, it goes on where it was; what is there already stays.
 """
 import csv
 import errno
@@ -32,7 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
 from data import (SUFFIXES, VideoError, all_frames, decode, find_videos, in_parallel, opened,
-                  to_rgb)
+                  quarter_turns, reformatter)
 from extras.run import claim, launch, log
 from sigma import RunError, UserError
 from train import at_least, parser_with
@@ -43,24 +42,20 @@ FULL = "no room is left"
 
 
 def tables(root, pattern):
-    """The tables of that name in root or in a folder in it."""
+    """The tables of that name in root or in a folder in it: (name, content). Videos' names in them
+    may be in any coding."""
     found = sorted(root.glob(pattern)) + sorted(root.glob(f"*/{pattern}"))
     if not found:
         raise UserError(f"{root} has no table {pattern}: see --help for the layout")
-    return found
-
-
-def text(path):
-    """What a table holds; names may be in any coding."""
-    return path.read_text("utf-8-sig", "surrogateescape")
+    return [(path.name, path.read_text("utf-8-sig", "surrogateescape")) for path in found]
 
 
 def entries(name, root, number):
     """(split, video, label) for each row of a set's tables. video: the name of its file without
     suffix, for ucf101 and hmdb51 behind its folder's; number: which of their splits."""
     if name == "k400":
-        rows = [row for path in tables(root, "*.csv")
-                for row in csv.DictReader(text(path).splitlines())
+        rows = [row for _, table in tables(root, "*.csv")
+                for row in csv.DictReader(table.splitlines())
                 if {"label", "youtube_id"} <= row.keys()]
         labels = {name: i for i, name in enumerate(sorted({row["label"] for row in rows}))}
         for row in rows:
@@ -68,21 +63,21 @@ def entries(name, root, number):
             split = row["split"].replace("validate", "val")
             yield split, f"{row['youtube_id']}_{start:06}_{end:06}", labels[row["label"]]
     if name == "ssv2":
-        labels = json.loads(text(tables(root, "*labels.json")[0]))
+        labels = json.loads(tables(root, "*labels.json")[0][1])
         for split, pattern in (("train", "*train.json"), ("val", "*validation.json")):
-            for row in json.loads(text(tables(root, pattern)[0])):
+            for row in json.loads(tables(root, pattern)[0][1]):
                 template = row["template"].replace("[", "").replace("]", "")
                 yield split, row["id"], int(labels[template])
     if name == "ucf101":
-        words = text(tables(root, "classInd.txt")[0]).split()
+        words = tables(root, "classInd.txt")[0][1].split()
         labels = {name: int(i) - 1 for i, name in zip(words[::2], words[1::2])}
         for split, part in (("train", "train"), ("val", "test")):
-            words = text(tables(root, f"{part}list{number:02}.txt")[0]).split()
+            words = tables(root, f"{part}list{number:02}.txt")[0][1].split()
             for video in [word for word in words if "/" in word]:
                 yield split, video.removesuffix(".avi"), labels[video.split("/")[0]]
     if name == "hmdb51":
-        for label, path in enumerate(tables(root, f"*_test_split{number}.txt")):
-            words, folder = text(path).split(), path.name.split("_test_split")[0]
+        for label, (file, table) in enumerate(tables(root, f"*_test_split{number}.txt")):
+            words, folder = table.split(), file.split("_test_split")[0]
             for video, use in zip(words[::2], words[1::2]):
                 split = {"1": "train", "2": "val"}.get(use)
                 yield split, f"{folder}/{video.removesuffix('.avi')}", label
@@ -161,23 +156,32 @@ def check(args):
     write(out / "bad.txt", bad)
 
 
+def resize(frame):
+    """A frame with short side 256, turned as its file says, in its own colours."""
+    sides, turns = (frame.height, frame.width), quarter_turns(frame)
+    height, width = (max(2, 2 * round(128 * side / min(sides))) for side in sides)
+    form = "yuv444p" if turns else "yuv420p"  # planes of one size can be turned
+    image = reformatter().reformat(frame, width, height, form, threads=1)
+    if turns:
+        planes = torch.from_numpy(image.to_ndarray()).rot90(turns, (1, 2))
+        image = av.VideoFrame.from_ndarray(planes.numpy(), format=form)
+    image.time_base, image.pict_type = frame.time_base, 0  # the encoder chooses the type
+    return image
+
+
 def encode(source, draft):
     """Writes a video anew. Raises VideoError if it can't be read."""
     with opened(source) as (_, old):
         rate = old.guessed_rate
     with open(draft, "wb") as file, av.open(file, "w", format="mp4") as new:
-        stream, shown = new.add_stream("libx264", rate=rate, options=H264), -1
+        stream, pts = new.add_stream("libx264", rate=rate, options=H264), -1
         for frame, seconds in all_frames(source):
-            if shown < 0:
-                sides = to_rgb(frame).shape[:2]  # upright
-                sides = [max(2, 2 * round(128 * side / min(sides))) for side in sides]
-                (stream.height, stream.width), stream.pix_fmt = sides, "yuv420p"
-                stream.codec_context.time_base = frame.time_base
-                stream.codec_context.thread_count, like = 1, torch.empty(*sides, 3)
-            # By way of RGB, as files code colours in several ways.
-            image = av.VideoFrame.from_ndarray(to_rgb(frame, like).numpy(), format="rgb24")
-            image.time_base = frame.time_base
-            image.pts = shown = max(shown + 1, round(seconds / frame.time_base))
+            image, to = resize(frame), stream.codec_context
+            if pts < 0:
+                to.width, to.height, to.pix_fmt = image.width, image.height, "yuv420p"
+                to.colorspace, to.color_range = frame.colorspace or 2, frame.color_range  # no RGB
+                to.time_base, to.thread_count = frame.time_base, 1
+            image.pts = pts = max(pts + 1, round(seconds / frame.time_base))
             new.mux(stream.encode(image))
         new.mux(stream.encode(None))
 
