@@ -115,8 +115,10 @@ def split_line(line, folder):
     words = re.split(r"([\s,]+)", line)  # in turn with what separates them
     for end in range(len(words), 0, -2):
         path, fields = folder / "".join(words[:end]), words[end + 1::2]
-        prepared = path.with_suffix(".mp4")  # as extras/videos.py prepare names it
-        for name in (path, prepared)[:1 + (path.suffix.lower() in SUFFIXES)]:
+        names = [path]
+        if path.suffix.lower() in SUFFIXES:
+            names.append(path.with_suffix(".mp4"))  # as extras/videos.py prepare names it
+        for name in names:
             if os.path.isfile(name):
                 return name, fields
         if len(fields) < 2:
