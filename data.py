@@ -213,7 +213,10 @@ def decode(path, choose, watch=None):
             frame, (times[number] - times[0]) / step, quarter_turns(frame)))
         images = collect(by_time(container, stream, times, numbers), numbers, see) if sure else {}
     if len(images) < len(numbers):
-        images = collect(enumerate(in_order(path, watch, hold=True)), numbers, see)
+        frames = in_order(path, watch, hold=True)
+        images = collect(numbered(frames, times if sure else []), numbers, see)
+    if lost := set(numbers) - images.keys():
+        raise VideoError(f"it is damaged: frame {min(lost)} can't be decoded")
     return [torch.stack([images[number] for number in clip]).permute(0, 3, 1, 2) for clip in clips]
 
 
@@ -221,9 +224,9 @@ def all_frames(path):
     """All frames of a video in the order in which they are shown, as pairs (frame, seconds after
     the first). Raises VideoError with the reason."""
     with opened(path) as (container, stream):
-        times, _ = frame_times(path, container, stream)
+        times, sure = frame_times(path, container, stream)
         tick = stream.time_base
-    for number, frame in enumerate(in_order(path)):
+    for number, frame in numbered(in_order(path), times if sure else []):
         if number == len(times):  # a packet had more frames than one
             times.append(2 * times[-1] - times[-2] if number > 1 else times[0] + 1)
         yield frame, float((times[number] - times[0]) * tick)
@@ -233,6 +236,8 @@ def all_frames(path):
 def opened(path, motion=False):
     """The container and video stream of a file. Raises VideoError if they can't be read, nor what
     is then read from them. motion: frames bring their motion vectors."""
+    if os.path.isfile(path) and not os.path.getsize(path):
+        raise VideoError("it is empty")
     try:  # Python opens the file: FFmpeg takes some names for addresses or patterns
         with open(path, "rb") as file, av.open(file, metadata_errors="replace") as container:
             stream = video_stream(container)
@@ -266,7 +271,8 @@ def frame_times(path, container, stream):
     reorders = context.has_b_frames  # decodes frames in another order than they are shown in
     # avi has no times of showing, mpg has few, and MPEG-4 may pack two frames into one packet.
     guessed = kind == "mpeg" or reorders and (kind == "avi" or context.name == "mpeg4")
-    listed = [entry.timestamp for entry in stream.index_entries]
+    entries = list(stream.index_entries)
+    listed = [entry.timestamp for entry in entries]
     even = len(listed) == stream.frames and len({b - a for a, b in pairwise(listed)}) == 1
     for packet in container.demux(stream):
         if packet.size and not (context.name == "vp8" and not memoryview(packet)[0] & 16):  # hidden
@@ -283,6 +289,9 @@ def frame_times(path, container, stream):
     times = sorted(pts for pts, _, cut in rows if pts is not None and not cut)
     if not rows or not (times or guessed):
         raise VideoError("it holds no frames")
+    if not first.is_keyframe and any(e.is_keyframe and e.timestamp in (first.pts, first.dts)
+                                     for e in entries[:1]):
+        raise VideoError("it is damaged at its beginning")
     whole = first.is_keyframe and (first.pts is None or first.pts <= times[0])
     pts, dts = [row[0] for row in rows], [row[1] for row in rows if row[1] is not None]
     if guessed or len(set(pts)) < len(pts) or dts != sorted(dts) or reorders and pts == times:
@@ -349,16 +358,25 @@ def in_order(path, motion=False, hold=False):
         yield frame
 
 
+def numbered(frames, times):
+    """Pairs (number, frame) of frames in order: by their time stamps, as some may be lost, if the
+    times of all are known, else as they come."""
+    place, number = {time: number for number, time in enumerate(times)}, -1
+    for frame in frames:
+        number = max(place.get(frame.pts, 0), number + 1)
+        yield number, frame
+
+
 def collect(frames, numbers, see):
     """{number: (H, W, 3) uint8} of those of the ascending numbers that are among the frames, pairs
     (number, frame); see is called with all of these."""
-    images, image = {}, None
+    images, image, wanted = {}, None, set(numbers)
     for number, frame in frames:
         if see:
             see(number, frame)
-        if number in numbers:
+        if number in wanted:
             images[number] = image = to_rgb(frame, image)
-        if number == numbers[-1]:
+        if number >= numbers[-1]:
             break
     return images
 
