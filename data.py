@@ -225,7 +225,7 @@ def all_frames(path):
     the first). Raises VideoError with the reason."""
     with opened(path) as (container, stream):
         times, sure = frame_times(path, container, stream)
-        tick = stream.time_base
+        times, tick = list(times), stream.time_base
     for number, frame in numbered(in_order(path), times if sure else []):
         if number == len(times):  # a packet had more frames than one
             times.append(2 * times[-1] - times[-2] if number > 1 else times[0] + 1)
@@ -260,6 +260,9 @@ def video_stream(container):
     raise VideoError("it has no video stream of a known codec")
 
 
+Stamps = namedtuple("Stamps", "pts dts key cut")  # of a packet; cut: off, by an edit list
+
+
 def frame_times(path, container, stream):
     """When each frame is shown, ascending, in ticks; and whether a frame's time stamp is its time,
     so that it can be found: else frames must be counted from the beginning.
@@ -267,54 +270,70 @@ def frame_times(path, container, stream):
     mp4 and avi list their frames. In others all packets are read, undecoded, since the length that
     a file states may be its sound's.
     """
-    context, kind, rows, first = stream.codec_context, container.format.name, [], None
+    context, kind, packets = stream.codec_context, container.format.name, []
     reorders = context.has_b_frames  # decodes frames in another order than they are shown in
     # avi has no times of showing, mpg has few, and MPEG-4 may pack two frames into one packet.
     guessed = kind == "mpeg" or reorders and (kind == "avi" or context.name == "mpeg4")
-    entries = list(stream.index_entries)
-    listed = [entry.timestamp for entry in entries]
-    even = len(listed) == stream.frames and len({b - a for a, b in pairwise(listed)}) == 1
     for packet in container.demux(stream):
         if packet.size and not (context.name == "vp8" and not memoryview(packet)[0] & 16):  # hidden
-            first = first or packet
-            rows.append((packet.pts, packet.dts, packet.is_discard))  # cut off by an edit list
-            even = even and first.is_keyframe and not packet.is_discard
-            if even and (guessed or not reorders or rows[-1][0] < rows[-2:][0][0]):
-                rows = [(time + (first.pts or 0) - listed[0], time, False) for time in listed]
-                reorders = False
-                break
+            stamps = Stamps(packet.pts, packet.dts, packet.is_keyframe, packet.is_discard)
+            packets.append(stamps)
+            if len(packets) == 1:
+                listed = listed_times(stream, stamps)
+            listed = [] if stamps.cut else listed
+            reordered = isinstance(listed, range) and stamps.pts < packets[-2:][0].pts
+            if listed and (guessed or reordered or not reorders):
+                return listed, not guessed
     if not guessed:  # a packet without a time is the second field of a frame
-        timed = [row for row in rows if row[0] is not None] or rows
-        guessed, rows = len(timed) < len(rows), timed
-    times = sorted(pts for pts, _, cut in rows if pts is not None and not cut)
-    if not rows or not (times or guessed):
+        timed = [stamps for stamps in packets if stamps.pts is not None] or packets
+        guessed, packets = len(timed) < len(packets), timed
+    pts = [stamps.pts for stamps in packets if stamps.pts is not None and not stamps.cut]
+    dts = [stamps.dts for stamps in packets if stamps.dts is not None]
+    if not packets or not (pts or guessed):
         raise VideoError("it holds no frames")
-    if not first.is_keyframe and any(e.is_keyframe and e.timestamp in (first.pts, first.dts)
-                                     for e in entries[:1]):
+    first, times = packets[0], sorted(pts)
+    listed_keys = [entry.is_keyframe for entry in stream.index_entries]
+    if stream.frames and not first.key and any(listed_keys[:1]):
         raise VideoError("it is damaged at its beginning")
-    whole = first.is_keyframe and (first.pts is None or first.pts <= times[0])
-    pts, dts = [row[0] for row in rows], [row[1] for row in rows if row[1] is not None]
+    whole = first.key and (first.pts is None or first.pts <= times[0])
     if guessed or len(set(pts)) < len(pts) or dts != sorted(dts) or reorders and pts == times:
         step = float(1 / ((stream.guessed_rate or 25) * stream.time_base))
-        n = len(rows) if whole else sum(1 for _ in in_order(path))
+        n = len(packets) if whole else sum(1 for _ in in_order(path))
         return [i * step for i in range(n)], False
     start = 0 if whole else bisect_left(times, next(in_order(path)).pts)
     return times[start:], True
 
 
+def listed_times(stream, first):
+    """When each frame is decoded, if the file lists that, as if the first were at its pts; a range
+    if the times are even: then frames are shown at these times as well."""
+    entries, n = stream.index_entries, len(stream.index_entries)
+    if n < 2 or n != stream.frames or not first.key or first.pts is None:
+        return []
+    start, step = entries[0].timestamp, entries[1].timestamp - entries[0].timestamp
+    some = range(0, n, n // 64 or 1)  # by_time would notice an exception
+    if step > 0 and all(entries[i].timestamp == start + i * step for i in some):
+        return range(first.pts, first.pts + n * step, step)
+    return [first.pts + entry.timestamp - start for entry in entries]
+
+
 def frame_numbers(times, step, clip):
     """The numbers of the frames that the indices of a clip stand for. step: the mean of times'."""
-    if all(abs(time - times[0] - i * step) < step / 2 for i, time in enumerate(times)):
-        return [min(i, len(times) - 1) for i in clip]  # a constant rate, but for rounding
+    n = len(times)
+    ends = min(8, n // 4)  # where a cut or the last frame's length may break the rhythm
+    middle = torch.tensor(times[ends:n - ends], dtype=torch.float64)
+    even = torch.linspace(middle[0], middle[-1], len(middle), dtype=torch.float64)
+    if (middle - even).abs().max() < 1.5 * step:  # a constant rate, but for jitter or a lost frame
+        return [min(i, n - 1) for i in clip]
     return [bisect_right(times, times[0] + i * step + min(1, step / 2)) - 1 for i in clip]
 
 
 def by_time(container, stream, times, numbers):
     """Pairs (number, frame), from the key frame before the first of the numbers to the last. It
     ends sooner if the file can't be entered there, or frames don't come in order."""
-    context, place = stream.codec_context, {time: number for number, time in enumerate(times)}
-    wanted, packets, last = {times[number] for number in numbers}, [], -1
-    first, missing = min(wanted), set(wanted)
+    context, packets, last = stream.codec_context, [], -1
+    first, wanted = times[numbers[0]], {times[number] for number in numbers}
+    missing = set(wanted)
     try:
         container.seek(first, stream=stream)
     except av.FFmpegError:
@@ -331,8 +350,8 @@ def by_time(container, stream, times, numbers):
         skip = context.name in ("h264", "hevc") and packet and packet.pts not in wanted
         context.skip_frame = "NONREF" if skip else "DEFAULT"
         for frame in context.decode(packet):
-            number = place.get(frame.pts, -1)
-            if number <= last:
+            number = -1 if frame.pts is None else bisect_left(times, frame.pts)
+            if not last < number < len(times) or times[number] != frame.pts:
                 return
             yield number, frame
             last = number

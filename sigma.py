@@ -293,7 +293,7 @@ def sinkhorn(scores, eps=0.05, iters=10, group=None, hard=False):
             # All prototypes get the same total over all ranks. The next u undoes any factor of v,
             # so v need not make it 1 / K: its largest entry is 2^60, and none underflows to 0, from
             # which it could not come back.
-            totals = over_ranks(u @ A)  # K
+            totals = over_ranks(A.T @ u)  # K; u @ A would be rounded to TF32 on GPUs
             v = (2.0 ** 60 * totals.amin() / totals).clamp_(min=2.0 ** -100)  # K
             u = (A @ v).reciprocal_()  # N: each tube's row sums to 1
         return A.mul_(v).argmax(dim=1) if hard else A.mul_(v).mul_(u[:, None])
