@@ -101,8 +101,8 @@ def read_list(file, skipped, several=False):
         elif len(labels) > 1 and not several:
             reason = f"{len(labels)} fields follow the path, not one label"
         else:
-            labels = tuple(map(int, labels or [-1]))
-            videos.append((str(path), labels if several and labels != (-1,) else labels[0]))
+            labels = tuple(int(label) for label in labels if label != "-1")
+            videos.append((str(path), labels if several else (*labels, -1)[0]))
             continue
         if line:
             skipped.append(f'{file}, line {number}, "{line[:200]}": {reason}')
@@ -166,11 +166,13 @@ def held_out(videos, classes, root, val=None, required=False):
     the training videos have no labels. required: raises UserError if there are none, or if a
     training or test video lacks its label."""
     tests, several = [], any(isinstance(label, tuple) for _, label in videos)
-    if required or any(label != -1 for _, label in videos):
+    if required or any(label not in (-1, ()) for _, label in videos):
         splits = ("val", "test", "") if val else ("val", "test")
         tests = find_videos(val or root, splits, classes, several)[0]
         check_labels(videos + tests, val or root)
-    if required and (not tests or any(label == -1 for _, label in videos + tests)):
+    lacking = [all(label == () for _, label in part) or any(label == -1 for _, label in part)
+               for part in (videos, tests)]  # of several labels one video may have none
+    if required and any(lacking):
         raise UserError("give labelled videos to train and to test on, as class folders or lines "
                         "`path label`: train and val in --data, or --data and --val")
     return [video for video in tests if video[1] != -1]
@@ -500,8 +502,7 @@ class Clips(Dataset):
                 bad[path] = str(error)
                 index = int(torch.randint(len(self), (1,), generator=generator))
         black = torch.zeros(self.repeat, 3, self.frames, self.size, self.size, dtype=torch.uint8)
-        label = (-1,) if isinstance(label, tuple) else -1
-        return black, self.masks(generator), label, key[1], bad
+        return black, self.masks(generator), -1, key[1], bad
 
 
 def endless_order(n, batch, rank=0, world=1, seed=0, start=0):
@@ -522,12 +523,11 @@ Batch = namedtuple("Batch", "video mask labels index bad")
 
 def collate(samples):
     """A Batch of Clips' items: video (B, 3, T, S, S), mask (B, N) or None, labels and indices of
-    videos, as tensors unless a label is a tuple, and all bad videos."""
+    videos (n,), and all bad videos."""
     video, mask, labels, index, bad = zip(*samples)
     bad = {path: reason for part in bad for path, reason in part.items()}
     mask = None if mask[0] is None else torch.cat(mask)
-    labels = labels if isinstance(labels[0], tuple) else torch.tensor(labels)
-    return Batch(torch.cat(video), mask, labels, torch.tensor(index), bad)
+    return Batch(torch.cat(video), mask, torch.tensor(labels), torch.tensor(index), bad)
 
 
 def progress(items=None, title=None, total=None, **options):

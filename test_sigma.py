@@ -337,10 +337,12 @@ class TestMethod:
             exec(f"{imports}\n{part}\n{call}", {})
 
 
-def write_numbered(path, codec="libx264", times=range(60), rate=25, **options):
-    """A video whose frame i has a white bar of i pixels. times: when each is shown, in frames."""
+def write_numbered(path, codec="libx264", times=range(60), rate=25, sound=None, **options):
+    """A video whose frame i has a white bar of i pixels. times: when each is shown, in frames.
+    sound: a codec, for six seconds of silence."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options=options)
+        voice = sound and container.add_stream(sound, rate=48000)
         stream.width, stream.height, stream.pix_fmt = 128, 48, "yuv420p"
         for i, when in enumerate(times):
             image = (torch.arange(128) < i).byte().expand(48, 128).contiguous() * 255
@@ -348,6 +350,15 @@ def write_numbered(path, codec="libx264", times=range(60), rate=25, **options):
             frame.pts = when
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+        if voice:
+            size = voice.codec_context.frame_size or 960
+            for start in range(0, 6 * 48000, size):
+                silence = av.AudioFrame(voice.format.name, voice.layout.name, size)
+                silence.sample_rate, silence.pts = 48000, start
+                for plane in silence.planes:
+                    plane.update(bytes(plane.buffer_size))
+                container.mux(voice.encode(silence))
+            container.mux(voice.encode(None))
 
 
 def numbers_in(path, *clips):
@@ -376,7 +387,9 @@ class TestData:
         ("open-groups.mp4", "libx264", {"bf": "3", "g": "12", "x264-params": "open-gop=1"}),
         ("rounded-stamps.mkv", "libx264", {"rate": 24, "bf": "2", "g": "10"}),
         ("h264.ts", "libx264", {"g": "10"}), ("mpeg2.ts", "mpeg2video", {"bf": "2", "b": "2M"}),
-        ("mpeg4.avi", "mpeg4", {"bf": "2", "b": "2M"}),
+        ("mpeg4.avi", "mpeg4", {"bf": "2", "b": "2M"}), ("h264.avi", "libx264", {"bf": "3"}),
+        ("h264.flv", "libx264", {"bf": "2"}), ("fast.mkv", "libx264", {"rate": 1000, "bf": "2"}),
+        ("no-key-frames.mp4", "libx264", {"x264-params": "intra-refresh=1:keyint=30:bframes=0"}),
         ("vp9.webm", "libvpx-vp9", {"g": "30", "deadline": "realtime", "cpu-used": "8"})])
     def test_decoding_gives_exactly_the_frames_asked_for(self, file, codec, options, tmp_path):
         """The last one is held where a video ends."""
@@ -395,6 +408,62 @@ class TestData:
         clip = range(0, 40, 3)
         wanted = [max(n for n, when in enumerate(times) if when <= i * step) for i in clip]
         assert numbers_in(tmp_path / "v.mp4", clip) == [wanted] != [list(clip)]
+
+    def test_each_frame_alone_is_that_of_the_whole_video(self, tmp_path):
+        """In avi the time stamps of B-frames go backwards: frames come in the order of decoders."""
+        write_numbered(tmp_path / "v.avi", bf="3")
+        whole, = numbers_in(tmp_path / "v.avi", range(60))
+        assert whole == list(range(60)) == [numbers_in(tmp_path / "v.avi", [i])[0][0]
+                                            for i in range(60)]
+
+    @pytest.mark.parametrize("file", ["v.mkv", "v.webm", "v.flv", "v.mp4", "v.avi", "v.ts"])
+    def test_frames_are_counted_not_the_seconds_of_sound(self, file, tmp_path):
+        """The sound is three times as long, and the video starts late."""
+        sound = {"v.webm": "libopus", "v.flv": "aac"}.get(file, "mp2")
+        codec = "libvpx-vp9" if file == "v.webm" else "libx264"
+        times = range(60) if file == "v.avi" else range(20, 80)
+        write_numbered(tmp_path / file, codec, times, sound=sound, **(
+            {"deadline": "realtime", "cpu-used": "8"} if file == "v.webm" else {"bf": "0"}))
+        seen = []
+        data.decode(str(tmp_path / file), lambda n: seen.append(n) or [[0]])
+        assert seen == [60] and numbers_in(tmp_path / file, range(60)) == [list(range(60))]
+
+    def test_a_short_last_frame_moves_no_other(self, tmp_path):
+        write_numbered(tmp_path / "v.mp4", times=[2 * i - (i == 59) for i in range(60)], rate=50)
+        assert numbers_in(tmp_path / "v.mp4", range(60)) == [list(range(60))]
+
+    def test_a_file_that_starts_without_a_key_frame_is_read_from_the_first(self, tmp_path):
+        write_numbered(tmp_path / "whole.ts", g="12", bf="0")
+        packets = []
+        with (av.open(str(tmp_path / "whole.ts")) as whole,
+              av.open(str(tmp_path / "cut.mkv"), "w") as cut):
+            stream = cut.add_stream_from_template(whole.streams.video[0])
+            for packet in [p for p in whole.demux(video=0) if p.size][5:]:
+                packet.stream = stream
+                packets.append(packet.pts)
+                cut.mux(packet)
+        assert numbers_in(tmp_path / "cut.mkv", range(4)) == [[12, 13, 14, 15]]
+
+    @pytest.mark.parametrize("degrees", [90, 180, 270])
+    def test_turned_videos_stand_upright(self, degrees, tmp_path):
+        """Phones write a display matrix, here by hand into an mp4's track header."""
+        write_numbered(tmp_path / "v.mp4", bf="2")
+        before = data.decode(tmp_path / "v.mp4", lambda n: [[30]])[0]
+        content = bytearray((tmp_path / "v.mp4").read_bytes())
+        place, one = content.index(b"tkhd") + 4 + 40, 65536
+        cos, sin = {90: (0, one), 180: (-one, 0), 270: (0, -one)}[degrees]
+        content[place:place + 36] = b"".join(
+            x.to_bytes(4, "big", signed=True) for x in (cos, sin, 0, -sin, cos, 0, 0, 0, 2 ** 30))
+        (tmp_path / "v.mp4").write_bytes(content)
+        turned = data.decode(tmp_path / "v.mp4", lambda n: [[30]])[0]
+        assert torch.equal(turned, before.rot90(-degrees // 90, (2, 3)))
+
+    @pytest.mark.parametrize("name", [b"cam:1.mp4", b"100%d.mp4", b"caf\xe9.mp4"])
+    def test_any_file_name_is_a_file_name(self, name, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        write_numbered("v.mp4")
+        os.rename("v.mp4", name)
+        assert numbers_in(os.fsdecode(name), [7]) == [[7]]
 
     def test_damaged_files_say_why_they_cannot_be_read(self, tmp_path):
         path = tmp_path / "v.mp4"
@@ -427,6 +496,38 @@ class TestData:
         assert found(tmp_path / "list.csv") == {"a b.mp4": 1, "c.webm": -1, "d.avi": 0}
         skipped = data.find_videos(tmp_path / "list.csv")[2]
         assert all(f'line {n}, "{lines[n - 1]}"' in skipped[n - 4] for n in (4, 5, 6))
+
+    @pytest.mark.parametrize("lines, labels, word", [
+        ("a.mp4,0\nb, 1.mp4\t1", [0, 1], ""), ("a.mp4 0 1\na.mp4 1", [1], "not one label"),
+        ("a.mp4 10 20 0\na.mp4 0", [0], "not one label"), ("gone.mp4 0\na.mp4 0", [0], "gone.mp4"),
+        ("a.jpg 0\na.mp4 0", [0], "a.jpg")])
+    def test_lists_as_people_have_them(self, lines, labels, word, tmp_path):
+        """Only a video's suffix may have become mp4: `.mp4,0` is none."""
+        put(tmp_path, "a.mp4", "b, 1.mp4")
+        (tmp_path / "list.csv").write_text(lines)
+        videos, _, skipped = data.find_videos(tmp_path / "list.csv")
+        assert [label for _, label in videos] == labels and word in str(skipped)
+
+    @pytest.mark.parametrize("content, word", [
+        ("a.mp4 20240131\nb.mp4 20240201".encode(), "20,240,201"), ("a.mp4 7".encode(), "7"),
+        ("a.mp4 0".encode("utf-16"), "UTF-16")])
+    def test_labels_that_number_no_classes_and_utf_16_stop(self, content, word, tmp_path):
+        put(tmp_path, "a.mp4", "b.mp4")
+        (tmp_path / "list.csv").write_bytes(content)
+        with pytest.raises(UserError, match=word):
+            data.find_videos(tmp_path / "list.csv")
+
+    def test_several_labels_a_line_only_if_asked(self, tmp_path):
+        put(tmp_path, "a b.mp4", "c.mp4")
+        (tmp_path / "list.csv").write_text("a b.mp4 3 1 2\nc.mp4 0\nc.mp4")
+        videos, *_ = data.find_videos(tmp_path / "list.csv", several=True)
+        assert [label for _, label in videos] == [(3, 1, 2), (0,), ()]
+
+    @pytest.mark.parametrize("kind, other", [("mp4", "jpg"), ("jpg", "mp4")])
+    def test_the_kind_with_more_files_decides_what_a_folder_is(self, kind, other, tmp_path):
+        put(tmp_path, f"a/1.{kind}", f"a/2.{kind}", f"b/3.{kind}", f"b/4.{other}")
+        videos, _, skipped = data.find_videos(tmp_path)
+        assert len(videos) == 3 and f"4.{other}" in skipped[0]
 
     def test_classes_are_numbered_once_by_name_for_all_splits(self, tmp_path):
         put(tmp_path, "a/train/clap/1.mp4", "a/train/run/2.mp4", "a/train/wave/3.mp4",

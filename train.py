@@ -290,8 +290,10 @@ def prepare_clips(args, tube, clips_class):
         (out / "results.json").unlink(missing_ok=True)  # of a run that was here before
         lines = "".join(f"{line}\n" for line in skipped)
         (out / "skipped.txt").write_bytes(os.fsencode(lines))  # names need not be UTF-8
-    log(f"data      {len(videos):,} videos, {len(skipped):,} files or lines skipped, see "
-        f"{args.out}/skipped.txt")
+    twice = len(videos) - len({path for path, _ in videos})
+    log(f"data      {len(videos):,} videos{f', {twice:,} of them named before' if twice else ''}; "
+        f"{len(skipped):,} files or lines skipped"
+        + (f", first {skipped[0]}; all are in {args.out}/skipped.txt" if skipped else ""))
     return clips, sets or None
 
 
