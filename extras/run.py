@@ -312,6 +312,7 @@ class Run:
                 scaler=self.scaler.state_dict(), sizes=self.sizes, args=vars(self.args),
                 clips_seen=self.step * self.per_step, videos=len(self.clips),
                 log_size=(self.out / "log.jsonl").stat().st_size))
+        gather()  # a process that ends before rank 0 has saved may end the whole job
 
     def stop(self, number, frame):
         """The handler of signals: the first one stops the run after its step, one that is no echo
@@ -320,6 +321,8 @@ class Run:
         if self.signals[-1] - self.signals[0] > GRACE:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+        elif len(self.signals) == 1:
+            time.sleep(0.5)  # echoes come now, not after a long call into C that looks like GRACE
 
     def steps(self):
         """Yields the number of each step that is left; between them signals, log and saves."""
