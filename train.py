@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import socket
 import sys
 from functools import partial
@@ -335,8 +336,8 @@ def main(argv=None, clips_class=Clips):
         results["trained"] = probe("trained")
     if RANK == 0:
         finished.write_text(json.dumps(results, indent=2) + "\n")
-    source = " ".join(f"--{name} {vars(args)[name]}" for name in ("data", "root", "val")
-                      if vars(args)[name])
+    source = shlex.join(word for name in ("data", "root", "val") if vars(args)[name]
+                        for word in (f"--{name}", vars(args)[name]))
     log(f"{results['protocol']}\nwrote {out}/last.pt, log.jsonl and results.json; next:\n"
         f"    python extras/pictures.py {out}\n"
         f"    python extras/features.py --init {out} {source}")

@@ -19,7 +19,6 @@ from bisect import bisect_left, bisect_right
 from itertools import islice
 from pathlib import Path
 
-import numpy  # which torchvision brings
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -134,6 +133,10 @@ def write(path, content):
     draft = path.with_name(f"{path.name}.unfinished")
     with open(draft, "wb") as file:
         if isinstance(content, torch.Tensor):
+            try:
+                import numpy
+            except ImportError as error:
+                raise UserError("to write .npy files do: pip install numpy") from error
             numpy.save(file, content.numpy())
         else:
             file.write(json.dumps(content, indent=2).encode())
