@@ -110,8 +110,8 @@ def read_list(file, skipped, several=False):
 
 
 def split_line(line, folder):
-    """The path in a line, which may hold spaces and commas, and the fields behind it: as few as
-    leave a file; else one."""
+    """The path in a line, which may hold spaces and commas, and the fields behind it: the
+    fewest for which the path is a file; if there is none, at most one."""
     words = re.split(r"([\s,]+)", line)  # in turn with what separates them
     for end in range(len(words), 0, -2):
         path, fields = folder / "".join(words[:end]), words[end + 1::2]
@@ -236,8 +236,8 @@ def all_frames(path):
 
 @contextmanager
 def opened(path, motion=False):
-    """The container and video stream of a file. Raises VideoError if they can't be read, nor what
-    is then read from them. motion: frames bring their motion vectors."""
+    """The container and video stream of a file. Raises VideoError if they, or what is then
+    read from them, can't be read. motion: frames bring their motion vectors."""
     if os.path.isfile(path) and not os.path.getsize(path):
         raise VideoError("it is empty")
     try:  # Python opens the file: FFmpeg takes some names for addresses or patterns

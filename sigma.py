@@ -272,7 +272,7 @@ def sinkhorn(scores, eps=0.05, iters=10, group=None, hard=False):
     smaller is closer to a hard assignment. iters: 1 or more. group: of torch.distributed; under it
     N is this rank's part, and the balance holds over all ranks' tubes. Returns (N, K), float32 or
     better: rows sum to 1, columns to about N / K over the whole batch. hard: each row's largest
-    entry instead, (N,) indices, for which nothing N x K need be scaled twice.
+    entry instead, (N,) indices, which saves one scaling of the N x K matrix.
 
     The assignment is diag(u) A diag(v) with A = exp(scores / eps). Only the vectors u and v change:
     an iteration is two products of A with a vector, and nothing N x K is rewritten.
@@ -329,7 +329,8 @@ def spreads(predicted, embedded):
 # --- The six steps --------------------------------------------------------------------------------
 
 DINO_WIDTHS = {"dino": 768, "dino-s": 384}  # of the teachers' features
-TARGETS = ("mlp", *DINO_WIDTHS, "pixel", "l2")
+BASELINES = ("pixel", "l2")  # without prototypes
+TARGETS = ("mlp", *DINO_WIDTHS, *BASELINES)
 
 
 class SIGMA(nn.Module):
@@ -359,7 +360,7 @@ class SIGMA(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
         if target in ("mlp", "l2"):
             self.projector = projector(pixels, target_dim, projector_widths)
-        if target not in ("pixel", "l2"):
+        if target not in BASELINES:
             self.prototypes = nn.Parameter(torch.randn(prototypes, target_dim))
 
     def forward(self, video, mask, features=None):
@@ -377,7 +378,7 @@ class SIGMA(nn.Module):
         visible, hidden = split_mask(mask, video.device)  # 1. hide most of the tubes: B V, B M
         predicted = self.predict(video, visible, hidden)  # 2. the video model's guess: B M E
         embedded = self.embed(video, hidden, features)  # 3. the projection network: B M E
-        if self.target in ("pixel", "l2"):  # the baselines end here; l2 trains both networks
+        if self.target in BASELINES:  # the baselines end here; l2 trains both networks
             loss = F.mse_loss(at_least_fp32(predicted), embedded)
             return loss, {f"{self.target}_term": loss.detach(), **spreads(predicted, embedded)}
         scores = self.compare(predicted, embedded)  # 4. cosines to the prototypes: two of (B*M K)

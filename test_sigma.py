@@ -771,8 +771,8 @@ class TestTraining:
         ({"WORLD_SIZE": "2"}, "MASTER_ADDR"), ({"RANK": ""}, "RANK"), ({"RANK": "3"}, "RANK=3"),
         ({"WORLD_SIZE": "two"}, "two")])
     def test_half_an_environment_of_torchrun_is_named(self, change, word, here):
-        result = subprocess.run([sys.executable, train.__file__, "--max-steps", "1", "--out", "env"],
-                                env=os.environ | change, capture_output=True, text=True)
+        command = [sys.executable, train.__file__, "--max-steps", "1", "--out", "env"]
+        result = subprocess.run(command, env=os.environ | change, capture_output=True, text=True)
         assert result.returncode == 2 and word in result.stderr and "Trace" not in result.stderr
 
     def test_a_non_finite_loss_stops_and_keeps_the_good_checkpoint(self, here, capsys):
@@ -860,7 +860,8 @@ class TestTraining:
         assert run("--data", tmp_path, *flags, "--epochs", 99, "--out", "bad") == 1
         captured = capsys.readouterr()
         assert all(captured.out.count(f"bad{i}.mp4: ") == 1 for i in range(7))
-        assert "udcff.mp4" in captured.out and "8 of" in captured.err and Path("bad/last.pt").exists()
+        assert "udcff.mp4" in captured.out and "8 of" in captured.err
+        assert Path("bad/last.pt").exists()
 
     def test_sigma_dino_trains_and_its_teacher_is_downloaded_once(self, here, monkeypatch):
         hashes, weights = [], dino(side=14)[1]
@@ -931,9 +932,10 @@ class TestOnAGPU:
     @pytest.mark.parametrize("compiled", [[], ["--compile"]])
     @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
     def test_a_step_in_each_precision(self, amp, compiled, here):
-        line, = self.on_gpu(f"gpu-{amp}{len(compiled)}", "--amp", amp, "--max-steps", "1", *compiled)
-        assert run("--max-steps", 1, "--out", f"cpu-{amp}{len(compiled)}", "--amp", "off") == 0
-        wanted = log_of(f"cpu-{amp}{len(compiled)}")[0]["loss"]
+        name = f"{amp}{len(compiled)}"
+        line, = self.on_gpu(f"gpu-{name}", "--amp", amp, "--max-steps", "1", *compiled)
+        assert run("--max-steps", 1, "--out", f"cpu-{name}", "--amp", "off") == 0
+        wanted = log_of(f"cpu-{name}")[0]["loss"]
         assert line["loss"] == pytest.approx(wanted, rel=1e-3 if amp == "off" else 2e-2)
 
     def test_one_nccl_process_stops_and_goes_on(self, here):

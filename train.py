@@ -29,8 +29,8 @@ from data import (Clips, centre_crop, centre_frames, corner_crop, find_videos, h
 from extras.evaluate import PROTOCOL, evaluate
 from extras.run import (AMP, DEVICE, RANK, WORLD, Run, autocast, launch, log, one_first,
                         saved_run, set_up)
-from sigma import (DINO_WIDTHS, SIGMA, SIZES, TARGETS, Teacher, UserError, fill, read_checkpoint,
-                   read_file, sizes_for, tube_mask)
+from sigma import (BASELINES, DINO_WIDTHS, SIGMA, SIZES, TARGETS, Teacher, UserError, fill,
+                   read_checkpoint, read_file, sizes_for, tube_mask)
 
 # --- Recipes and flags ----------------------------------------------------------------------------
 
@@ -82,13 +82,13 @@ FLAGS = {  # the scripts in extras/ take theirs from here
     "data": dict(default="toy", help="k400, ssv2, ucf101, hmdb51, toy, a folder or a list"),
     "root": dict(help="folder of a named set (default: data/<name>)"),
     "val": dict(help="labelled videos to test on (default: val or test of --data)"),
-    "model": dict(choices=SIZES, help="default: tiny for toy, else base"),
+    "model": dict(choices=SIZES, help="default: tiny for toy, else base; with --init its own"),
     "target": dict(choices=TARGETS, default="mlp", help="mlp: SIGMA-MLP (default); dino, dino-s: "
                    "SIGMA-DINO with ViT-B or ViT-S; pixel: VideoMAE; l2: mlp without Sinkhorn, "
                    "which collapses"),
     "teacher": dict(metavar="FILE", help="DINO's weights (default: downloaded once)"),
     "init": dict(metavar="FILE", help="checkpoint, or folder of a run, whose weights are taken"),
-    "out": dict(help="folder to write to (default: below out/, named after --data)"),
+    "out": dict(help="folder to write to (default: below out/)"),
     "epochs": dict(type=at_least(1), help="passes over the data; the schedule stretches with them"),
     "batch-size": dict(type=at_least(1), help="clips at a time in a process: as memory allows"),
     "accum": dict(type=at_least(1), help="batches per step (default: as many as make the recipe's "
@@ -203,7 +203,7 @@ def split_batch(args, world, videos):
     wanted = args.global_batch or most * world * (args.accum or 1)
     share = max(1, min(wanted, videos) // world)  # of each process
     if args.batch_size:
-        return args.batch_size, args.accum or max(1, share // args.batch_size)
+        return args.batch_size, args.accum or max(1, round(share / args.batch_size))
     accum = args.accum or math.ceil(share / most)
     return max(1, min(most, share // accum) // args.repeat) * args.repeat, accum
 
@@ -234,20 +234,21 @@ def fit(args, model, optimizer, clips, loss_of, *, sizes, before=None, probe=Non
         rate = learning_rate(step, steps, warmup, peak, final)
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get("scale", 1)
-        total = 0.0
+        totals = {}
         for part, samples in run.batches(accum):
             # What is random in a step follows from its number: a run goes on exactly.
             torch.manual_seed(seeded(args.seed, step, part, RANK).initial_seed())
             network.require_backward_grad_sync = part == accum  # DDP's; until then they add up
             loss, stats = loss_of(network, samples)
             scaler.scale(loss / accum).backward()
-            total = total + loss.detach() / accum
+            for name, value in {"loss": loss, **stats}.items():
+                totals[name] = totals.get(name, 0) + value.detach() / accum
         scaler.unscale_(optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        run.report(loss=total, grad_norm=norm, **stats)
+        run.report(loss=totals.pop("loss"), grad_norm=norm, **totals)
     return run.complete
 
 
@@ -309,7 +310,7 @@ def main(argv=None, clips_class=Clips):
                    "or remove it")
     model, sizes, teacher = prepare_model(args, before)
     clips, sets = prepare_clips(args, sizes["tube"], clips_class)
-    if args.target not in ("pixel", "l2"):
+    if args.target not in BASELINES:
         tubes = tube_mask(1, clips.grid, args.ratio).sum() * WORLD * split_batch(
             args, WORLD, len(clips))[0]
         log(f"Sinkhorn  {tubes:,} hidden tubes at a time share {args.prototypes:,} prototypes; if "

@@ -35,7 +35,7 @@ def collect(forward, clips, amp="off", workers=0):
     unreadable = {path: reason for part in gather(unreadable) for path, reason in part.items()}
     for path, reason in unreadable.items():
         log(f"unreadable video {path}: {reason}")
-    if len(unreadable) == len(clips):
+    if len(unreadable) == len({path for path, _ in clips.videos}):
         raise UserError("none of the videos can be read")
     index, labels, output = map(torch.cat, zip(*(row for rows in gather(found) for row in rows)))
     order = index.argsort()

@@ -187,7 +187,7 @@ def main(argv=None):
         return draw_curves(args.curves, args.out or Path("curves.svg"))
     content, model = read_checkpoint(args.checkpoint), load_model(args.checkpoint).to(DEVICE).eval()
     run = recipe("k400", "base") | content.get("args", {})
-    data = args.data or run.get("root") or run.get("data", "k400")
+    data = args.data or (not args.root and run.get("root")) or run.get("data", "k400")
     splits = ("train", "") if args.split == "train" else (args.split,)
     videos, *_ = find_videos(locate(data, args.root), splits)
     if not videos:

@@ -29,7 +29,7 @@ from sigma import RunError, UserError, fill, read_checkpoint
 
 STOP_SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP
 GRACE = 3  # seconds in which more signals are echoes of the first: Slurm and torchrun both send one
-LOG_STEPS, LOG_SECONDS, SAVE_SECONDS = 10, 10, 600  # at most, from one log line or save to the next
+LOG_STEPS, LOG_SECONDS, SAVE_SECONDS = 10, 10, 600  # at most, before a log line, a save
 MAX_UNREADABLE = 0.01  # share of the videos; five are always tolerated
 
 
@@ -151,9 +151,9 @@ def kill_workers():
 
 
 def open_videos():
-    """The videos that loader workers have open at the moment, where /proc tells (Linux)."""
-    links = [link for worker in multiprocessing.active_children()
-             for link in Path(f"/proc/{worker.pid}/fd").glob("*")]
+    """The videos that this process and its workers have open now, where /proc tells (Linux)."""
+    processes = [os.getpid(), *(worker.pid for worker in multiprocessing.active_children())]
+    links = [link for number in processes for link in Path(f"/proc/{number}/fd").glob("*")]
     files = {os.path.realpath(link) for link in links}
     return sorted(file for file in files if Path(file).suffix.lower() in SUFFIXES)
 
@@ -458,7 +458,7 @@ def launch(main, argv=None):
             raise
         code, message = 2, error
     except torch.OutOfMemoryError:
-        code, message = 1, "out of GPU memory: lower --batch-size, --accum makes up for it"
+        code, message = 1, "out of GPU memory: lower --batch-size, or --size or --frames"
     except RuntimeError as error:
         if not str(error).startswith("DataLoader "):
             raise

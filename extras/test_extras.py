@@ -25,7 +25,7 @@ import train
 from data import decode, find_videos, normalise
 from extras import bench, features, finetune, motion, pictures, segment, videos, weights
 from extras.finetune import Classifier
-from extras.run import launch, loader
+from extras.run import launch
 from sigma import Encoder, UserError, build_model, load_encoder, load_model, tube_mask
 
 
