@@ -655,6 +655,12 @@ def run(*flags):
         return end.code
 
 
+def heed_signals():
+    """Undoes what nohup and a shell's & have set to be ignored, which a run respects."""
+    for number in running.STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
 def run_apart(out, *flags, trouble="none", at=-1, log_steps=10, save_seconds=600, ranks=1,
               signals=(), wait=0.5):
     """Exit code and output of a troubled process (see there), or of torchrun's, when it and all
@@ -663,7 +669,7 @@ def run_apart(out, *flags, trouble="none", at=-1, log_steps=10, save_seconds=600
     process = subprocess.Popen(
         [*launcher, __file__, *map(str, (trouble, at, log_steps, save_seconds)), "--epochs", "999",
          "--out", out, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True)
+        start_new_session=True, preexec_fn=heed_signals)
     log = Path(out, "log.jsonl")
     while signals and process.poll() is None and not (log.exists() and log.stat().st_size):
         time.sleep(0.02)
