@@ -162,6 +162,25 @@ def segment_video(tokens_of, frames, masks, args, tubelet, generator):
     return scores, shown
 
 
+def report(scores, args):
+    """Prints and writes the means of all videos' scores, {name: (2, 2)}."""
+    if not scores:
+        raise UserError(f"no annotated frame of {args.root} begins a time slice")
+    mean, out = torch.stack(list(scores.values())).nanmean(dim=0), Path(args.out)
+
+    def table(scores):
+        return {way: [x if x == x else None for x in row]  # JSON knows no nan
+                for way, row in zip(("clustering", "overclustering"), scores.tolist())}
+
+    for way, (with_it, without) in zip(table(mean), mean.tolist()):
+        log(f"{way:15} mIoU {with_it:.1%} with background, {without:.1%} without")
+    if RANK == 0:
+        videos = {name: table(row) for name, row in sorted(scores.items())}
+        results = table(mean) | {"videos": videos, "args": vars(args)}
+        (out / "results.json").write_text(json.dumps(results, indent=2))
+    log(f"means of {len(scores)} videos; wrote {out}/results.json")
+
+
 def main(argv=None):
     parser = parser_with(__doc__, "init", "model", "frames", "size", "seed", "amp", "out")
     add = parser.add_argument
@@ -212,22 +231,7 @@ def main(argv=None):
             save_image(shown[::-(-len(shown) // 8)].flatten(0, 1) / 255, out / f"{name}.png",
                        nrow=4, pad_value=1)
             write_video(out / f"{name}.mp4", rearrange(shown, "t n c h w -> t h (n w) c"))
-    scores = {name: row for part in gather(mine) for name, row in part.items()}
-    if not scores:
-        raise UserError(f"no annotated frame of {args.root} begins a time slice")
-    mean = torch.stack(list(scores.values())).nanmean(dim=0)
-
-    def table(scores):
-        return {way: [x if x == x else None for x in row]  # JSON knows no nan
-                for way, row in zip(("clustering", "overclustering"), scores.tolist())}
-
-    for way, (with_it, without) in zip(table(mean), mean.tolist()):
-        log(f"{way:15} mIoU {with_it:.1%} with background, {without:.1%} without")
-    if RANK == 0:
-        videos = {name: table(row) for name, row in sorted(scores.items())}
-        results = table(mean) | {"videos": videos, "args": vars(args)}
-        (out / "results.json").write_text(json.dumps(results, indent=2))
-    log(f"means of {len(scores)} videos; wrote {out}/results.json")
+    report({name: row for part in gather(mine) for name, row in part.items()}, args)
 
 
 if __name__ == "__main__":
