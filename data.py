@@ -298,12 +298,12 @@ def frame_times(path, container, stream):
     if stream.frames and not first.key and any(listed_keys[:1]):
         raise VideoError("it is damaged at its beginning")
     whole = first.key and (first.pts is None or first.pts <= times[0])
-    if guessed or len(set(pts)) < len(pts) or dts != sorted(dts) or reorders and pts == times:
+    if guessed or len(set(pts)) < len(pts) or dts != sorted(dts):
         step = float(1 / ((stream.guessed_rate or 25) * stream.time_base))
         n = len(packets) if whole else sum(1 for _ in in_order(path))
         return [i * step for i in range(n)], False
     start = 0 if whole else bisect_left(times, next(in_order(path)).pts)
-    return times[start:], True
+    return times[start:], not (reorders and pts == times)  # else frames may come in another order
 
 
 def listed_times(stream, first):

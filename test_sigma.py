@@ -399,10 +399,12 @@ class TestData:
             assert numbers_in(tmp_path / file, clip) == [[min(i, 99) for i in clip]]
         assert numbers_in(tmp_path / file, [50, 90], [7]) == [[50, 90], [7]]
 
-    @pytest.mark.parametrize("times", [range(-10, 50), [i + i // 10 * 5 for i in range(60)]])
-    def test_frames_are_chosen_by_time(self, times, tmp_path):
+    @pytest.mark.parametrize("times, bf", [
+        (range(-10, 50), "2"), ([i + i // 10 * 5 for i in range(60)], "2"),
+        ([i + i // 10 * 5 for i in range(60)], "0")])
+    def test_frames_are_chosen_by_time(self, times, bf, tmp_path):
         """Also where an edit list cuts off those before zero, and where the rate is variable."""
-        write_numbered(tmp_path / "v.mp4", times=times, bf="2", g="8")
+        write_numbered(tmp_path / "v.mp4", times=times, bf=bf, g="8")
         with av.open(str(tmp_path / "v.mp4")) as container:
             step = 25 / container.streams.video[0].average_rate
         clip = range(0, 40, 3)
