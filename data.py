@@ -223,15 +223,15 @@ def decode(path, choose, watch=None):
 
 
 def all_frames(path):
-    """All frames of a video in the order in which they are shown, as pairs (frame, seconds after
-    the first). Raises VideoError with the reason."""
+    """All frames of a video in the order in which they are shown: (number, frame, seconds after the
+    first). Raises VideoError with the reason."""
     with opened(path) as (container, stream):
         times, sure = frame_times(path, container, stream)
         times, tick = list(times), stream.time_base
     for number, frame in numbered(in_order(path), times if sure else []):
         if number == len(times):  # a packet had more frames than one
             times.append(2 * times[-1] - times[-2] if number > 1 else times[0] + 1)
-        yield frame, float((times[number] - times[0]) * tick)
+        yield number, frame, float((times[number] - times[0]) * tick)
 
 
 @contextmanager

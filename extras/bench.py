@@ -113,10 +113,9 @@ def measure(args, name, batch):
 
 def machine():
     """The hardware and the versions that figures depend on."""
-    name = f"CPU, {torch.get_num_threads()} threads"
-    if GPU:
-        gpu = torch.cuda.get_device_properties(DEVICE)
-        name = f"{gpu.name}, {gpu.total_memory / 2 ** 30:.0f} GiB, CUDA {torch.version.cuda}"
+    gpu = torch.cuda.get_device_properties(DEVICE) if GPU else None
+    name = (f"{gpu.name}, {gpu.total_memory / 2 ** 30:.0f} GiB, CUDA {torch.version.cuda}" if GPU
+            else f"CPU, {torch.get_num_threads()} threads")
     return f"{name}, torch {torch.__version__}, Python {sys.version.split()[0]}"
 
 
@@ -177,12 +176,6 @@ class Stopping(Clips):
         return super().__getitem__(key)
 
 
-def losses(out):
-    """The loss of each step of a run, by its number."""
-    lines = map(json.loads, Path(out, "log.jsonl").read_text().splitlines())
-    return {line["step"]: line["loss"] for line in lines}
-
-
 def toy(args):
     """Trains on a small toy set. The first loss must be that of float32 on the CPU; the last one of
     a run that was stopped and resumed, that of a run that wasn't."""
@@ -195,13 +188,15 @@ def toy(args):
         torch.save(random_weights(DINO_WIDTHS[args.target]), "teacher.pt")
         flags += ["--teacher", "teacher.pt"]
     train.main(flags, Clips if args.part == "toy" else Stopping)
-    found, last = losses(args.out), 6 if args.part == "stop" else int(args.max_steps)
-    if max(found) != last:
-        raise RunError(f"the run ended after step {max(found)}, not {last}")
     step, like, allowed = 1, f"cpu-{args.target}", 1e-3 if args.amp == "off" else 2e-2
+    last = 6 if args.part == "stop" else int(args.max_steps)
     if args.part == "resume":
         step, like, allowed = last, f"toy-{args.amp}", 2e-2
-    loss, wanted = found[step], losses(like)[step]
+    logs = [Path(out, "log.jsonl").read_text().splitlines() for out in (args.out, like)]
+    found, others = ({line["step"]: line["loss"] for line in map(json.loads, log)} for log in logs)
+    if max(found) != last:
+        raise RunError(f"the run ended after step {max(found)}, not {last}")
+    loss, wanted = found[step], others[step]
     note = f"loss {loss:.5f} in step {step}, {like} {wanted:.5f}; {found[last]:.5f} in step {last}"
     if not abs(loss / wanted - 1) <= allowed:
         raise RunError(f"{note}: more than {allowed:g} apart")
@@ -279,7 +274,7 @@ def apart(command, folder, limit):
                             done.stderr, re.MULTILINE)  # those of torchrun and faulthandler as well
         lines = ["".join(pair) for pair in errors] or done.stderr.strip().splitlines()
         raise RunError(lines[-1][:300] if lines else f"exit code {done.returncode}")
-    return (done.stdout.strip().splitlines() or [""])[-1]
+    return done.stdout.strip().rpartition("\n")[2]
 
 
 def check():

@@ -13,9 +13,9 @@ exp(cosine / 0.07), held-out videos against training ones.
 video, float32 (windows, D), a row for each window of W frames, --stride apart, one every S frames;
 and windows.json with their times. The same command goes on where it stopped.
 """
+import contextlib
 import json
 import sys
-from bisect import bisect_left, bisect_right
 from itertools import islice
 from pathlib import Path
 
@@ -33,150 +33,127 @@ from sigma import UserError, load_encoder, read_checkpoint
 from train import FLAGS, RECIPE, at_least, locate, parser_with
 
 SPLITS = {"train": ("train", ""), "val": ("val", "test")}
-BATCH = 16  # windows at a time, of one video
 
 
 class Windows(IterableDataset):
-    """All windows of videos, each file decoded once: items (number of the video, rows, clips (n, 3,
-    W, S, S) uint8), at its end (number, facts about it or why it can't be read, None). Windows that
-    can't be read are left out."""
+    """All windows of videos: items (path, rows, clips (n, 3, W, S, S) uint8), at the end of a video
+    (path, facts about it or why it can't be read, None)."""
 
     def __init__(self, paths, settings):
-        self.paths = paths
-        self.window, self.stride, self.step, self.size = (
-            settings[name] for name in ("window", "stride", "step", "size"))
+        self.paths, self.settings = paths, settings
 
     def __iter__(self):
         worker = get_worker_info()
-        first, every = (worker.id, worker.num_workers) if worker else (0, 1)
-        for number in range(first, len(self.paths), every):
+        for path in self.paths[worker.id::worker.num_workers] if worker else self.paths:
             try:
-                facts, windows = self.plan(self.paths[number])
-                while part := list(islice(windows, BATCH)):
+                facts = next(windows := windows_of(path, **self.settings))
+                while part := list(islice(windows, 16)):  # to the network at once
                     rows, clips = zip(*part)
-                    yield number, rows, torch.stack(clips)
-                yield number, facts, None
+                    yield path, rows, torch.stack(clips)
+                yield path, facts, None
             except VideoError as error:
-                yield number, str(error), None
+                yield path, str(error), None
 
-    def plan(self, path):
-        """Facts about a video, from the times of all its frames, and an iterator of its windows."""
-        with opened(path) as (container, stream):
-            ticks, keys = frame_times(path, container, stream)
-            n, tick, rate = len(ticks), float(stream.time_base), float(stream.guessed_rate or 25)
-        step, span = (ticks[-1] - ticks[0]) / (n - 1 or 1) or 1, self.window * self.stride
-        rate = 1 / float(step * tick) if n > 1 else rate
-        clips = [[min(start + self.stride * i, n - 1) for i in range(self.window)]
-                 for start in range(0, max(n - span, 0) + 1, self.step)]
-        facts = dict(path=str(path), fps=rate, frames=n, duration=n / rate, windows=len(clips),
-                     feature_stride=self.step, window_span=span)
-        shown = frame_numbers(ticks, step, range(n))
-        return facts, self.read(path, clips, shown, ticks if keys else None)
 
-    def read(self, path, clips, shown, times):
-        """Yields (row, window (3, W, S, S)) of clips, which are lists of indices, in one pass over
-        the file. shown: the number of the frame that each index shows. times: of all frames, to
-        tell them by, else they are counted."""
-        needed, pictures, image, row, left = {i for clip in clips for i in clip}, {}, None, 0, []
-        try:
-            for count, (frame, _) in enumerate(all_frames(path)):
-                number = bisect_left(times, frame.pts) if times else count  # some may be lost
-                first, end = bisect_left(shown, number), bisect_right(shown, number)
-                if here := needed.intersection(range(first, end)):
-                    image = to_rgb(frame, image)
-                    pictures |= dict.fromkeys(here, self.picture(image.permute(2, 0, 1)[None]))
-                while row < len(clips) and clips[row][-1] < end:
-                    if pictures.keys() >= set(clips[row]):
-                        yield row, torch.cat([pictures[i] for i in clips[row]], dim=1)
-                    else:
-                        left.append(row)
-                    row += 1
-                    pictures = {i: x for i, x in pictures.items() if i >= row * self.step}
-        except VideoError:
-            if image is None:
-                raise
-        for row in left + list(range(row, len(clips))):  # of damaged files: what can be had apart
-            try:
-                clip, = decode(path, lambda n: [clips[row]])
-                yield row, self.picture(clip)
-            except VideoError:
-                pass
+def windows_of(path, *, window, stride, step, size, **_):
+    """Yields facts about a video, then (row, clip (3, W, S, S) uint8) for each window that can be
+    read, from one pass over the file. Raises VideoError."""
+    def picture(frames):  # n 3 H W -> 3 n S S
+        return resize_crop(frames, centre_crop(*frames.shape[-2:]), size)
 
-    def picture(self, frames):
-        """Frames (n, 3, H, W), cropped and resized as in Clips: (3, n, S, S)."""
-        return resize_crop(frames, centre_crop(*frames.shape[-2:]), self.size)
+    with opened(path) as (container, stream):
+        ticks, _ = frame_times(path, container, stream)
+        n, tick, rate = len(ticks), stream.time_base, stream.guessed_rate or 25
+    gap, span = (ticks[-1] - ticks[0]) / (n - 1 or 1) or 1 / (rate * tick), window * stride
+    clips = [range(start, start + span, stride) for start in range(0, max(n - span, 0) + 1, step)]
+    yield dict(path=str(path), fps=1 / float(gap * tick), frames=n, duration=n * float(gap * tick),
+               windows=len(clips), feature_stride=step, window_span=span)
+    shown = frame_numbers(ticks, gap, range(max(n, span)))  # beyond the end: the last frame
+    numbers = [[shown[i] for i in clip] for clip in clips]  # of the frames that the indices show
+    needed, left = set().union(*numbers), set(range(len(clips)))
+    pictures, image, row = {}, None, 0
+    try:
+        for number, frame, _ in all_frames(path):
+            if number in needed:
+                image = to_rgb(frame, image)
+                pictures[number] = picture(image.permute(2, 0, 1)[None])
+            while row < len(clips) and numbers[row][-1] <= number:
+                if pictures.keys() >= set(numbers[row]):  # else a frame was lost
+                    yield row, torch.cat([pictures[i] for i in numbers[row]], dim=1)
+                    left.remove(row)
+                pictures = {i: x for i, x in pictures.items() if i >= numbers[row][0]}
+                row += 1
+    except VideoError:
+        if image is None:
+            raise
+    for row in sorted(left):  # of damaged files: what can be had apart
+        with contextlib.suppress(VideoError):
+            yield row, picture(*decode(path, lambda n: [clips[row]]))
 
 
 @torch.no_grad()
-def windows_features(forward, windows, amp, workers):
-    """Yields (path, facts about the video, its features (windows, D)), or (path, why it can't be
-    read, None). The nearest row stands in for a missing one; facts tell which."""
-    found = {}
-    for number, what, clips in DataLoader(windows, batch_size=None, num_workers=workers,
-                                          worker_init_fn=start_worker):
-        rows, path = found.setdefault(number, {}), windows.paths[number]
+def write_features(forward, windows, out, workers):
+    """Writes NAME.npy, (windows, D), for each video of a Windows. Returns by path the facts about
+    it, or why it can't be read. The nearest row stands in for a missing one; facts tell which."""
+    try:
+        import numpy
+    except ImportError as error:
+        raise UserError("to write .npy files do: pip install numpy") from error
+    features, found = {}, {}
+    for path, what, clips in DataLoader(windows, batch_size=None, num_workers=workers,
+                                        worker_init_fn=start_worker):
+        rows = features.setdefault(path, {})
         if clips is not None:
-            with autocast(amp):
+            with autocast(windows.settings["amp"]):
                 rows |= zip(what, forward(normalise(clips, DEVICE)).float().cpu())
         elif not rows:
-            yield path, what if isinstance(what, str) else "none of its windows can be read", None
+            found[path] = what if isinstance(what, str) else "none of its windows can be read"
         else:
-            missing = [row for row in range(what["windows"]) if row not in rows]
+            every = range(what["windows"])
+            missing = [row for row in every if row not in rows]
             rows |= {row: rows[min(rows, key=lambda other: abs(other - row))] for row in missing}
-            features = torch.stack([rows[row] for row in range(what["windows"])])
-            yield path, what | {"unreadable": missing}, features
-            found[number] = {}
+            draft = out / f"{Path(path).stem}.npy.unfinished"
+            with open(draft, "wb") as file:
+                numpy.save(file, torch.stack([rows[row] for row in every]).numpy())
+            draft.replace(draft.with_suffix(""))
+            found[path] = what | {"unreadable": missing}
+            rows.clear()
+    return found
 
 
 def write(path, content):
-    """Writes a tensor as .npy, anything else as JSON, complete or not at all."""
-    draft = path.with_name(f"{path.name}.unfinished")
-    with open(draft, "wb") as file:
-        if isinstance(content, torch.Tensor):
-            try:
-                import numpy
-            except ImportError as error:
-                raise UserError("to write .npy files do: pip install numpy") from error
-            numpy.save(file, content.numpy())
-        else:
-            file.write(json.dumps(content, indent=2).encode())
-    draft.replace(path)
+    """Writes JSON, complete or not at all, on the first rank alone."""
+    if RANK == 0:
+        draft = path.with_name(f"{path.name}.unfinished")
+        draft.write_text(json.dumps(content, indent=2))
+        draft.replace(path)
 
 
-def write_windows(forward, paths, out, settings, amp, workers):
+def write_windows(forward, paths, out, settings, workers):
     """Writes NAME.npy for each video, and windows.json."""
-    names = {}
+    names, index = {}, out / "windows.json"
     for path in paths:
         if names.setdefault(Path(path).stem, path) != path:
             raise UserError(f"{names[Path(path).stem]} and {path} would share one .npy: rename one")
-    lock = claim(out) if RANK == 0 else None  # held until this function ends
-    gather()
-    before, videos = out / "windows.json", {}
-    if before.exists():
-        before = json.loads(before.read_text())
-        if before["settings"] != settings:
-            raise UserError(f"{out} has windows of other settings, {before['settings']}, not "
-                            f"{settings}: choose another --out")
-        videos = before["videos"]
-    elif other := next(out.glob("*.npy"), None):
+    before = json.loads(index.read_text()) if index.exists() else {}
+    if before.get("settings", settings) != settings:
+        raise UserError(f"{out} has windows of other settings, {before['settings']}, not "
+                        f"{settings}: choose another --out")
+    if not before and (other := next(out.glob("*.npy"), None)):
         raise UserError(f"{other} is there without a windows.json: choose another --out")
-    step, span = settings["step"], settings["window"] * settings["stride"]
+    videos, step = before.get("videos", {}), settings["step"]
+    span = settings["window"] * settings["stride"]
     content = dict(settings=settings, actionformer=dict(feat_stride=step, num_frames=span),
                    opentad=dict(feature_stride=step, offset_frames=span // 2), videos=videos)
-    share = 4 * max(1, workers)  # videos of each process, from one note in windows.json to the next
     todo = gather([path for name, path in names.items()
                    if name not in videos or not (out / f"{name}.npy").exists()])[0]
     log(f"{len(names) - len(todo):,} of {len(names):,} videos are done")
+    write(index, content)  # settings first: there is no .npy without them
+    share = 4 * max(1, workers) * WORLD  # videos from one note in windows.json to the next
     bar = progress(total=len(todo), unit="video", disable=RANK > 0)
-    if RANK == 0:  # settings first: there is no .npy without them
-        write(out / "windows.json", content)
-    for start in range(0, len(todo), share * WORLD):
-        found, part = {}, todo[start:start + share * WORLD]
-        windows = Windows(part[RANK::WORLD], settings)
-        for path, facts, features in windows_features(forward, windows, amp, workers):
-            if features is not None:
-                write(out / f"{Path(path).stem}.npy", features)
-            found[path] = facts
+    for start in range(0, len(todo), share):
+        part = todo[start:start + share]
+        found = write_features(forward, Windows(part[RANK::WORLD], settings), out, workers)
         found = {path: facts for there in gather(found) for path, facts in there.items()}
         for path in part:  # in order, whoever read them
             if isinstance(facts := found[path], str):
@@ -186,8 +163,7 @@ def write_windows(forward, paths, out, settings, amp, workers):
             if rows := facts["unreadable"]:
                 log(f"{path}: {len(rows)} of {facts['windows']} windows can't be read and have the "
                     f"nearest one's features: {', '.join(map(str, rows[:20]))}")
-        if RANK == 0:
-            write(out / "windows.json", content)
+        write(index, content)
         bar.update(len(part))
     bar.close()
     bad = sum(name not in videos for name in names)
@@ -224,19 +200,18 @@ def main(argv=None):
     args, out = parse(argv)
     set_up()
     encoder, content = load_encoder(args.init).to(DEVICE).eval(), read_checkpoint(args.init)
-    trained = RECIPE | content["args"]  # take clips like those that it was trained on
-    frames = args.window or args.frames or trained["frames"]
-    stride, size = args.stride or trained["stride"], args.size or trained["size"]
+    # Clips are like those that it was trained on, unless flags differ.
+    clip = RECIPE | content["args"] | {name: flag for name, flag in vars(args).items() if flag}
+    frames, stride, size = args.window or clip["frames"], clip["stride"], clip["size"]
     if any(side % step for side, step in zip((frames, size, size), encoder.tube)):
         raise UserError(f"frames and --size must be multiples of the tube, {encoder.tube}")
-    norm = [content["model"][name].to(DEVICE) for name in content["model"]
-            if name.startswith("fc_norm.")]  # of a fine-tuned network: weight and bias
+    norm = [w.to(DEVICE) for name, w in content["model"].items() if name.startswith("fc_norm.")]
 
     def forward(video):
-        tokens = encoder(video)  # B N D
         if args.tokens:
-            return tokens
-        pooled = tokens.mean(dim=1)
+            return encoder(video)  # B N D
+        pooled = encoder(video).mean(dim=1)  # B D
+        # A fine-tuned network has a norm of its own behind the mean: weight and bias.
         return F.layer_norm(pooled, pooled.shape[1:], *norm, eps=1e-6) if norm else pooled
 
     def features_of(videos):
@@ -253,21 +228,19 @@ def main(argv=None):
         settings = dict(window=frames, stride=stride, step=args.step, size=size, amp=args.amp,
                         weights=sum(int(p.view(torch.int32).sum())  # to tell networks apart
                                     for p in [*encoder.parameters(), *norm]))
-        paths = [path for path, _ in videos]
-        return write_windows(forward, paths, out, settings, args.amp, args.workers)
+        with claim(out) if RANK == 0 else contextlib.nullcontext():  # locks it against others
+            return write_windows(forward, [p for p, _ in videos], out, settings, args.workers)
     if args.knn:
         tests = held_out(videos, classes, root, args.val, required=True)
         (train, labels), (test, truth) = features_of(videos), features_of(tests)
         results = dict(knn=accuracy(nearest_neighbours(train, labels, test), truth),
                        videos=len(truth), unreadable=int((truth < 0).sum()), args=vars(args),
                        protocol="cosine, k = 20, votes exp(cosine / 0.07), one centre clip")
-        if RANK == 0:
-            write(out / "results.json", results)
+        write(out / "results.json", results)
         return log(f"k-NN {results['knn']:.1%} of {len(truth):,} videos; wrote {out}/results.json")
-    numbered = [(path, i) for i, (path, _) in enumerate(videos)]  # -1 is left for unreadable
-    features, numbers = features_of(numbered)
+    features, numbers = features_of([(path, i) for i, (path, _) in enumerate(videos)])
+    features = features[numbers >= 0]  # -1: it can't be read; its own label may be -1 too
     paths, labels = zip(*(videos[i] for i in numbers.tolist() if i >= 0))
-    features = features[numbers >= 0]
     if RANK == 0:
         save_atomically(out / "features.pt", dict(features=features, paths=list(paths),
                                                   labels=torch.tensor(labels), args=vars(args)))

@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import stochastic_depth
 from torchvision.transforms import RandomResizedCrop, v2
@@ -130,12 +129,11 @@ def augment(video, labels, classes, flip):
         v2.RandomHorizontalFlip(0.5 if flip else 0), *[operation] * 4,
         v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         v2.RandomErasing(0.25, value="random")])
-    mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=len(video)),
-                           v2.CutMix(alpha=1.0, num_classes=len(video))])
+    mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=classes),
+                           v2.CutMix(alpha=1.0, num_classes=classes)])
     video = torch.stack([distort(clip) for clip in video.transpose(1, 2)])  # B T 3 S S
-    mixed, shares = mix(video.flatten(1, 2), torch.arange(len(video)))  # of each clip: B B
-    labels = F.one_hot(labels, classes) if labels.ndim == 1 else labels
-    return mixed.view_as(video).transpose(1, 2), shares @ labels.float()
+    mixed, shares = mix(video.flatten(1, 2), labels)
+    return mixed.view_as(video).transpose(1, 2), shares
 
 
 def loss_of(network, batch, args, classes, table):
@@ -147,17 +145,15 @@ def loss_of(network, batch, args, classes, table):
         video, labels = video[readable], labels[readable]
     labels = labels.clamp(min=0) if table is None else table[labels.clamp(min=0)]
     if args.augment:
-        flip = args.flip and args.sampling == "dense"
-        video, labels = augment(video.to(DEVICE), labels, classes, flip)
+        video, labels = augment(video.to(DEVICE), labels, classes,
+                                flip=args.flip and args.sampling == "dense")
     else:
         video = normalise(video, DEVICE)
     with autocast(args.amp):
         logits = network(video).float()
-    if args.multi_label:
-        loss = F.binary_cross_entropy_with_logits(logits, labels.to(DEVICE))
-    else:
-        loss = F.cross_entropy(logits, labels.to(DEVICE), label_smoothing=0.1)
-    return loss * readable.any(), {}  # 0 with a graph, or other processes would wait for ever
+    loss = nn.BCEWithLogitsLoss() if args.multi_label else nn.CrossEntropyLoss(label_smoothing=0.1)
+    # Times 0 there is a graph all the same, or other processes would wait for ever.
+    return loss(logits, labels.to(DEVICE)) * readable.any(), {}
 
 
 def mean_average_precision(scores, truth):
@@ -165,18 +161,19 @@ def mean_average_precision(scores, truth):
     (n, classes): for each video of a class the share of its videos among all that score as high."""
     found = []
     for score, true in zip(scores.T, truth.T.bool()):
-        hits = score[true]
-        above, all_above = (len(x) - torch.searchsorted(x.sort().values, hits)
-                            for x in (hits, score))
-        found.append((above / all_above).mean())  # nan without videos
+        as_high = score >= score[true, None]  # as each video of the class
+        shares = as_high[:, true].sum(dim=1) / as_high.sum(dim=1)
+        found.append(shares.mean())  # nan without videos
     return torch.stack(found).nanmean().item()
 
 
 def parse(argv):
     """The flags, with the recipe as defaults, and the encoder of --init or a new one."""
-    parser = parser_with(__doc__, *"init data root val model epochs batch-size accum repeat lr "
-                         "frames stride size amp workers timeout seed max-steps out".split())
+    parser = parser_with(__doc__, *"init data root val model epochs batch-size repeat lr frames "
+                         "stride size amp workers timeout seed max-steps out".split())
     add = parser.add_argument
+    add("--accum", type=at_least(1), help="batches per step (default: as many as make the "
+        "recipe's global batch)")
     add("--freeze", action="store_true", help="linear probe: train LayerNorm and head alone")
     add("--multi-label", action="store_true", help="several labels a line, as for Charades")
     add("--limit", type=at_least(1), help="number of training videos, balanced over classes (with "
@@ -192,12 +189,11 @@ def parse(argv):
                build_model(size, tube=recipe(known.data, size)["tube"]).encoder)
     trained = read_checkpoint(known.init).get("args", {}) if known.init else {}
     model = {row["dim"]: name for name, row in SIZES.items()}.get(encoder.dim, "other")
-    own, task = "toy" if model == "tiny" else known.data, "finetune"
-    defaults = recipe(known.data, model) | RECIPE | RECIPES.get(own, {}) | {
-        name: trained[name] for name in ("frames", "stride", "size") if trained.get(name)}
-    if known.freeze:
-        defaults, task = defaults | PROBES.get(own, dict(epochs=30)), "probe"
-    parser.set_defaults(model=model, eval_every=0, keep_every=0, **defaults,
+    own, task = "toy" if model == "tiny" else known.data, "probe" if known.freeze else "finetune"
+    clip = {name: trained[name] for name in ("frames", "stride", "size") if trained.get(name)}
+    parser.set_defaults(**recipe(known.data, model) | RECIPE | RECIPES.get(own, {}) | clip)
+    parser.set_defaults(**PROBES.get(own, dict(epochs=30)) if known.freeze else {}, model=model,
+                        eval_every=0, keep_every=0,
                         out=f"out/{Path(known.data).resolve().stem}-{task}")
     args = parser.parse_args(argv)
     check(parser, args, encoder.tube)
@@ -252,8 +248,7 @@ def test(args, model, tests, table, options):
     scores, labels = collect(nn.Sequential(model, last).eval(), views, args.amp, args.workers)
     if args.multi_label:
         scores[labels < 0] = -torch.inf  # ranked last
-        truth = table[[label for _, label in tests]]
-        results = {"mAP": mean_average_precision(scores, truth)}
+        results = {"mAP": mean_average_precision(scores, table[[label for _, label in tests]])}
     else:
         results = {f"top{k}": accuracy(scores, labels, k) for k in (1, 5)}
     figures = [f"{name} {x:.1%}" for name, x in results.items()]

@@ -22,6 +22,7 @@ import errno
 import glob
 import json
 import os
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -42,8 +43,7 @@ FULL = "no room is left"
 
 
 def tables(root, pattern):
-    """The tables of that name in root or in a folder in it: (name, content). Videos' names in them
-    may be in any coding."""
+    """Tables of that name in root or a folder in it: (name, content), names in any coding."""
     found = sorted(root.glob(pattern)) + sorted(root.glob(f"*/{pattern}"))
     if not found:
         raise UserError(f"{root} has no table {pattern}: see --help for the layout")
@@ -66,15 +66,14 @@ def entries(name, root, number):
         labels = json.loads(tables(root, "*labels.json")[0][1])
         for split, pattern in (("train", "*train.json"), ("val", "*validation.json")):
             for row in json.loads(tables(root, pattern)[0][1]):
-                template = row["template"].replace("[", "").replace("]", "")
-                yield split, row["id"], int(labels[template])
+                yield split, row["id"], int(labels[re.sub(r"[][]", "", row["template"])])
     if name == "ucf101":
         words = tables(root, "classInd.txt")[0][1].split()
         labels = {name: int(i) - 1 for i, name in zip(words[::2], words[1::2])}
         for split, part in (("train", "train"), ("val", "test")):
-            words = tables(root, f"{part}list{number:02}.txt")[0][1].split()
-            for video in [word for word in words if "/" in word]:
-                yield split, video.removesuffix(".avi"), labels[video.split("/")[0]]
+            for word in tables(root, f"{part}list{number:02}.txt")[0][1].split():
+                if "/" in word:  # else a label
+                    yield split, word.removesuffix(".avi"), labels[word.split("/")[0]]
     if name == "hmdb51":
         for label, (file, table) in enumerate(tables(root, f"*_test_split{number}.txt")):
             words, folder = table.split(), file.split("_test_split")[0]
@@ -144,12 +143,10 @@ def check(args):
     classes, bad = None, []
     for split, places in (("train", ("train", "")), ("val", ("val", "test"))):
         videos, classes, skipped = find_videos(args.folder, places, classes)
-        good = []
-        for (path, label), reason in in_parallel(problem, videos, args.workers, f"checks {split}"):
-            if reason:
-                bad.append(f"{path}: {reason}\n")
-            else:
-                good.append(f"{os.path.abspath(path)} {label}\n")  # -1: it has none
+        found = list(in_parallel(problem, videos, args.workers, f"checks {split}"))
+        good = [f"{os.path.abspath(path)} {label}\n"  # -1: it has none
+                for (path, label), reason in found if not reason]
+        bad += [f"{path}: {reason}\n" for (path, _), reason in found if reason]
         bad += [f"{line}\n" for line in skipped]
         if good:
             write(out / f"{split}.csv", good)
@@ -164,7 +161,7 @@ def resize(frame):
     image = reformatter().reformat(frame, width, height, form, threads=1)
     if turns:
         planes = torch.from_numpy(image.to_ndarray()).rot90(turns, (1, 2))
-        image = av.VideoFrame.from_ndarray(planes.numpy(), format=form)
+        image = av.VideoFrame.from_ndarray(planes.numpy(), form)
     image.time_base, image.pict_type = frame.time_base, 0  # the encoder chooses the type
     return image
 
@@ -175,7 +172,7 @@ def encode(source, draft):
         rate = old.guessed_rate
     with open(draft, "wb") as file, av.open(file, "w", format="mp4") as new:
         stream, pts = new.add_stream("libx264", rate=rate, options=H264), -1
-        for frame, seconds in all_frames(source):
+        for _, frame, seconds in all_frames(source):
             image, to = resize(frame), stream.codec_context
             if pts < 0:
                 to.width, to.height, to.pix_fmt = image.width, image.height, "yuv420p"

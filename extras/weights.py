@@ -35,27 +35,24 @@ QKV = ("query", "key", "value")  # three weights of theirs, in the order of our 
 CLIP = {"num_frames": "frames", "sampling_rate": "stride", "input_size": "size",
         "image_size": "size"}  # their settings and ours
 FILES = ("last.pt", "pytorch_model.bin", "model.safetensors")  # what to look for in a folder
+CONFIGS = ("config.json", "preprocessor_config.json")  # Hugging Face's, beside the weights
 
 
 def read(path):
     """(the file that was read, its content). Runs no code of it. Raises UserError."""
-    path = Path(path)
+    found = [file for file in map(Path(path).joinpath, FILES) if file.is_file()]
+    path = found[0] if found else Path(path)
     if path.is_dir():
-        found = [path / name for name in FILES if (path / name).is_file()]
-        if not found:
-            raise UserError(f"{path} has none of {', '.join(FILES)}")
-        path = found[0]
+        raise UserError(f"{path} has none of {', '.join(FILES)}")
     if path.suffix != ".safetensors":
         with torch.serialization.safe_globals([argparse.Namespace]):  # flags in the authors' files
             return path, read_file(path)
     try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        import safetensors.torch
+        return path, safetensors.torch.load_file(path)
     except ImportError as error:
         raise UserError(f"to read {path} do: pip install safetensors") from error
-    try:
-        return path, load_file(path)
-    except (SafetensorError, OSError) as error:
+    except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path} can't be read: {error}") from error
 
 
@@ -82,18 +79,15 @@ def our_names(weights):
 
 
 def sizes_of(weights):
-    """The sizes of a network with these weights: SIGMA's, or a classifier's or an encoder's.
-
-    Shapes tell all but the number of heads: that of the entry in SIZES with this width, or None.
-    """
+    """The sizes of a SIGMA, a classifier or an encoder with these weights. Shapes tell all but the
+    number of heads: that of the entry in SIZES with this width, or None."""
     dim, _, *tube = weights["encoder.patch_embed.proj.weight"].shape
     row = next((row for row in SIZES.values() if row["dim"] == dim), {})
     sizes = dict(dim=dim, depth=depth_of(weights, "encoder.blocks"), heads=row.get("heads"),
                  tube=tuple(tube))
-    if "head.weight" in weights:
-        sizes["classes"] = len(weights["head.weight"])
     if "mask_token" not in weights:
-        return sizes
+        classes = {"classes": len(weights["head.weight"])} if "head.weight" in weights else {}
+        return sizes | classes
     sizes |= dict(decoder_dim=weights["mask_token"].shape[-1], target="pixel",
                   decoder_depth=depth_of(weights, "decoder.blocks"),
                   decoder_heads=row.get("decoder_heads"))
@@ -136,23 +130,6 @@ def read_config(path, sizes):
     return config
 
 
-def check_complete(weights, sizes, path):
-    """Raises UserError, with names, if weights of a network of these sizes are missing, left over
-    or of another shape."""
-    with torch.device("meta"):  # the network without its memory
-        if "decoder_dim" in sizes:
-            net = SIGMA(**sizes)
-        else:
-            encoder = Encoder(**{name: sizes[name] for name in ("dim", "depth", "heads", "tube")})
-            net = nn.ModuleDict({"encoder": encoder})
-            if "encoder.norm.weight" not in weights:  # classifiers have another behind the mean
-                encoder.norm = nn.Identity()
-            if "classes" in sizes:
-                net.fc_norm = nn.LayerNorm(sizes["dim"])
-                net.head = nn.Linear(sizes["dim"], sizes["classes"])
-    fill(net, {name: w.to("meta") for name, w in weights.items()}, path)
-
-
 def convert(path, heads=None, decoder_heads=None):
     """A checkpoint of any layout -> {"model": weights in our names, "sizes": their network's,
     "args": its clips' frames, stride and size, as far as it tells}. heads, decoder_heads: default
@@ -170,11 +147,10 @@ def convert(path, heads=None, decoder_heads=None):
                         "mean_pooling is True, its default; the published networks have one")
     sizes, args, config = content.get("sizes"), content.get("args", {}), {}
     if not sizes:
-        sizes, told = sizes_of(weights), {}
+        sizes = sizes_of(weights)
+        told = vars(args) if isinstance(args, argparse.Namespace) else {}
         if any("layernorm_before" in name for name in theirs):
             told = config = read_config(path.with_name("config.json"), sizes)
-        elif isinstance(args, argparse.Namespace):
-            told = vars(args)
         args = {ours: told[name] for name, ours in CLIP.items() if isinstance(told.get(name), int)}
     for part, given in (("", heads), ("decoder_", decoder_heads)):
         number = given or config.get(f"{part}num_attention_heads") or sizes.get(f"{part}heads")
@@ -182,20 +158,28 @@ def convert(path, heads=None, decoder_heads=None):
             if not number or width % number:
                 raise UserError(f"{path} needs --{part.replace('_', '-')}heads that divide {width}")
             sizes[f"{part}heads"] = number
-    check_complete(weights, sizes, path)
+    with torch.device("meta"):  # the network without its memory
+        if "decoder_dim" in sizes:
+            net = SIGMA(**sizes)
+        else:
+            own = {name: size for name, size in sizes.items() if name != "classes"}
+            net = nn.ModuleDict({"encoder": Encoder(**own)})
+        if "encoder.norm.weight" not in weights:  # classifiers have another behind the mean
+            net.encoder.norm = nn.Identity()
+        if "classes" in sizes:
+            net.fc_norm = nn.LayerNorm(sizes["dim"])
+            net.head = nn.Linear(sizes["dim"], sizes["classes"])
+    fill(net, {name: w.to("meta") for name, w in weights.items()}, path)  # do all of them fit?
     return {"model": weights, "sizes": sizes, "args": args}
 
 
 def to_hugging_face(content):
-    """What convert returns -> weights in Hugging Face's names, contents of config.json, and of
-    preprocessor_config.json."""
+    """What convert returns -> weights in Hugging Face's names, and what goes into CONFIGS."""
     weights, sizes, clip = content["model"], content["sizes"], RECIPE | content["args"]
-    kind, pairs, (p, q, r), side = "Model", NAMES, sizes["tube"], clip["size"]
-    if "classes" in sizes:
-        kind = "ForVideoClassification"
-    elif sizes.get("target") == "pixel":
-        kind = "ForPreTraining"
-    else:
+    pairs, (p, q, r), side = NAMES, sizes["tube"], clip["size"]
+    kind = ("ForVideoClassification" if "classes" in sizes else
+            "ForPreTraining" if sizes.get("target") == "pixel" else "Model")
+    if kind == "Model":
         print("the encoder alone: the rest, if any, has no place there")
         weights = {name: w for name, w in weights.items() if name.startswith("encoder.")}
         pairs = NAMES + [("videomae.", "")]
@@ -218,11 +202,11 @@ def to_hugging_face(content):
         do_rescale=True, do_normalize=True, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
 
 
-def write_hugging_face(folder, weights, config, images):
+def write_hugging_face(folder, weights, *configs):
     """Writes a folder for from_pretrained, the weights last, and returns their path."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "preprocessor_config.json").write_text(json.dumps(images, indent=2) + "\n")
+    for name, content in zip(CONFIGS, configs):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     try:
         from safetensors.torch import save_file
     except ImportError:
@@ -246,8 +230,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if (args.command == "export") != bool(args.to):
         parser.error("export takes --to hf or --to authors, import does not")
-    places = [args.out] if args.to != "hf" else [
-        args.out / name for name in ("config.json", "preprocessor_config.json", *FILES)]
+    places = [args.out / name for name in CONFIGS + FILES] if args.to == "hf" else [args.out]
     if there := [path for path in places if path.exists()]:
         raise UserError(f"{there[0]} is there already: choose another place")
     content, out = convert(args.source, args.heads, args.decoder_heads), args.out
