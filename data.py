@@ -18,7 +18,6 @@ import sys
 from bisect import bisect_left, bisect_right
 from collections import namedtuple
 from contextlib import contextmanager
-from functools import cache
 from itertools import count, pairwise
 from pathlib import Path
 
@@ -114,16 +113,13 @@ def split_line(line, folder):
     fewest for which the path is a file; if there is none, at most one."""
     words = re.split(r"([\s,]+)", line)  # in turn with what separates them
     for end in range(len(words), 0, -2):
-        path, fields = folder / "".join(words[:end]), words[end + 1::2]
+        path = folder / "".join(words[:end])
         names = [path]
         if path.suffix.lower() in SUFFIXES:
             names.append(path.with_suffix(".mp4"))  # as extras/videos.py prepare names it
-        for name in names:
-            if os.path.isfile(name):
-                return name, fields
-        if len(fields) < 2:
-            likely = path, fields
-    return likely
+        for name in filter(os.path.isfile, names):
+            return name, words[end + 1::2]
+    return folder / "".join(words[:-2] or words), words[2:][-1:]
 
 
 def walk_folder(folder, classes, skipped):
@@ -159,23 +155,6 @@ def check_labels(videos, source):
     if labels[-1] > 1_000_000 or gap > n:
         raise UserError(f"the labels of {source} go up to {labels[-1]:,}, but there are only {n:,}:"
                         " number the classes 0, 1, 2 and so on")
-
-
-def held_out(videos, classes, root, val=None, required=False):
-    """Labelled videos to test on, of val, or else of the folder root: none if there are none, or
-    the training videos have no labels. required: raises UserError if there are none, or if a
-    training or test video lacks its label."""
-    tests, several = [], any(isinstance(label, tuple) for _, label in videos)
-    if required or any(label not in (-1, ()) for _, label in videos):
-        splits = ("val", "test", "") if val else ("val", "test")
-        tests = find_videos(val or root, splits, classes, several)[0]
-        check_labels(videos + tests, val or root)
-    lacking = [all(label == () for _, label in part) or any(label == -1 for _, label in part)
-               for part in (videos, tests)]  # of several labels one video may have none
-    if required and any(lacking):
-        raise UserError("give labelled videos to train and to test on, as class folders or lines "
-                        "`path label`: train and val in --data, or --data and --val")
-    return [video for video in tests if video[1] != -1]
 
 
 # --- Decoding -------------------------------------------------------------------------------------
@@ -402,10 +381,7 @@ def collect(frames, numbers, see):
     return images
 
 
-@cache
-def reformatter():
-    """One for the whole process: to set one up for each frame takes up to a tenth of the time."""
-    return VideoReformatter()
+REFORMATTER = VideoReformatter()  # to set one up for each frame takes up to a tenth of the time
 
 
 def quarter_turns(frame):
@@ -419,7 +395,7 @@ def to_rgb(frame, like=None):
     turns, (height, width) = quarter_turns(frame), (frame.height, frame.width)
     if like is not None:
         height, width = like.shape[1::-1] if turns % 2 else like.shape[:2]
-    frame = reformatter().reformat(frame, width, height, "rgb24", threads=1)
+    frame = REFORMATTER.reformat(frame, width, height, "rgb24", threads=1)
     image = torch.from_numpy(frame.to_ndarray())
     return image.rot90(turns) if turns else image
 

@@ -459,11 +459,6 @@ class UserError(Exception):
     code = 2
 
 
-class RunError(UserError):
-    """A run that can't go on; its message says why and what is left."""
-    code = 1
-
-
 def depth_of(weights, prefix):
     """Number of transformer blocks under `prefix` in a state dict."""
     return len({n[len(prefix) + 1:].split(".")[0] for n in weights if n.startswith(prefix + ".")})

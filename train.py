@@ -24,9 +24,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from data import (Clips, centre_crop, centre_frames, corner_crop, find_videos, held_out, make_toy,
-                  normalise, seeded)
-from extras.evaluate import PROTOCOL, evaluate
+from data import (Clips, centre_crop, centre_frames, corner_crop, find_videos, make_toy, normalise,
+                  seeded)
+from extras.evaluate import PROTOCOL, evaluate, held_out
 from extras.run import (AMP, DEVICE, RANK, WORLD, Run, autocast, launch, log, one_first,
                         saved_run, set_up)
 from sigma import (BASELINES, DINO_WIDTHS, SIGMA, SIZES, TARGETS, Teacher, UserError, fill,

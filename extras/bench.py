@@ -34,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherev
 import train
 from data import Clips, find_videos, make_toy, normalise
 from extras import run
-from extras.run import AMP, BF16, DEVICE, GPU, autocast, launch, set_up
-from sigma import (DINO_WIDTHS, SIGMA, Encoder, RunError, Teacher, UserError, sinkhorn, sizes_for,
+from extras.run import AMP, BF16, DEVICE, GPU, RunError, autocast, launch, set_up
+from sigma import (DINO_WIDTHS, SIGMA, Encoder, Teacher, UserError, sinkhorn, sizes_for,
                    symmetric_loss, tube_mask)
 from train import locate, make_optimizer, parser_with, recipe, set_blocks
 

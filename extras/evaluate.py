@@ -1,15 +1,32 @@
-"""Accuracy of a frozen encoder: features of a set on all ranks, linear probe, k-NN."""
+"""Accuracy of a frozen encoder: videos to test on, features on all ranks, linear probe, k-NN."""
 import math
 
 import torch
 import torch.nn.functional as F
 
-from data import normalise, progress
+from data import check_labels, find_videos, normalise, progress
 from extras.run import DEVICE, GPU, RANK, WORLD, autocast, gather, loader, log
 from sigma import UserError
 
 PROTOCOL = ("top-1, frozen encoder, mean over tokens, one centre clip per video; probe: ridge "
             "regression on standardised features; k-NN: cosine, k = 20, temperature 0.07")
+
+
+def held_out(videos, classes, root, val=None, required=False):
+    """Labelled videos to test on, of val, or else of the folder root: none if there are none, or
+    the training videos have no labels. required: raises UserError if there are none, or if a
+    training or test video lacks its label."""
+    tests, several = [], any(isinstance(label, tuple) for _, label in videos)
+    if required or any(label not in (-1, ()) for _, label in videos):
+        splits = ("val", "test", "") if val else ("val", "test")
+        tests = find_videos(val or root, splits, classes, several)[0]
+        check_labels(videos + tests, val or root)
+    lacking = [all(label == () for _, label in part) or any(label == -1 for _, label in part)
+               for part in (videos, tests)]  # of several labels one video may have none
+    if required and any(lacking):
+        raise UserError("give labelled videos to train and to test on, as class folders or lines "
+                        "`path label`: train and val in --data, or --data and --val")
+    return [video for video in tests if video[1] != -1]
 
 
 @torch.no_grad()
@@ -48,10 +65,21 @@ def accuracy(scores, labels, k=1):
     return hits.any(dim=1).float().mean().item()
 
 
+def mean_average_precision(scores, truth):
+    """Average precision of scores (n, classes), mean over the classes that occur in truth, 0 and 1
+    (n, classes): for each video of a class the share of its videos among all that score as high."""
+    found = []
+    for score, true in zip(scores.T, truth.T.bool()):
+        as_high = score >= score[true, None]  # as each video of the class
+        shares = as_high[:, true].sum(dim=1) / as_high.sum(dim=1)
+        found.append(shares.mean())  # nan without videos
+    return torch.stack(found).nanmean().item()
+
+
 def linear_probe(train, labels, test):
     """Class scores of test features: ridge regression to one-hot labels, standardised features."""
     train, labels = train[labels >= 0], labels[labels >= 0]
-    mean, std = train.mean(dim=0), train.std(dim=0) + 1e-6
+    mean, std = train.mean(dim=0), train.std(dim=0).nan_to_num() + 1e-6  # one has no std
     train, test, targets = (train - mean) / std, (test - mean) / std, F.one_hot(labels).float()
     covariance = train.T @ train + 10 * torch.eye(train.shape[1])
     weight = torch.linalg.solve(covariance, train.T @ (targets - targets.mean(dim=0)))

@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
 from data import (Clips, VideoError, all_frames, centre_crop, centre_frames, decode, find_videos,
-                  frame_numbers, frame_times, held_out, normalise, opened, resize_crop, to_rgb)
-from extras.evaluate import accuracy, collect, nearest_neighbours
+                  frame_numbers, frame_times, normalise, opened, resize_crop, to_rgb)
+from extras.evaluate import accuracy, collect, held_out, nearest_neighbours
 from extras.run import (DEVICE, RANK, WORLD, autocast, claim, gather, launch, log, progress,
                         save_atomically, set_up, start_worker)
 from sigma import UserError, load_encoder, read_checkpoint

@@ -27,8 +27,8 @@ from torchvision.ops import stochastic_depth
 from torchvision.transforms import RandomResizedCrop, v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
-from data import Clips, centre_crop, find_videos, held_out, make_toy, normalise, seeded
-from extras.evaluate import accuracy, collect
+from data import Clips, centre_crop, find_videos, make_toy, normalise, seeded
+from extras.evaluate import accuracy, collect, held_out, mean_average_precision
 from extras.run import DEVICE, RANK, autocast, launch, log, one_first, saved_run, set_up
 from sigma import IMAGENET_MEAN, IMAGENET_STD, SIZES, build_model, load_encoder, read_checkpoint
 from train import at_least, check, fit, locate, parser_with, recipe, set_blocks
@@ -154,17 +154,6 @@ def loss_of(network, batch, args, classes, table):
     loss = nn.BCEWithLogitsLoss() if args.multi_label else nn.CrossEntropyLoss(label_smoothing=0.1)
     # Times 0 there is a graph all the same, or other processes would wait for ever.
     return loss(logits, labels.to(DEVICE)) * readable.any(), {}
-
-
-def mean_average_precision(scores, truth):
-    """Average precision of scores (n, classes), mean over the classes that occur in truth, 0 and 1
-    (n, classes): for each video of a class the share of its videos among all that score as high."""
-    found = []
-    for score, true in zip(scores.T, truth.T.bool()):
-        as_high = score >= score[true, None]  # as each video of the class
-        shares = as_high[:, true].sum(dim=1) / as_high.sum(dim=1)
-        found.append(shares.mean())  # nan without videos
-    return torch.stack(found).nanmean().item()
 
 
 def parse(argv):

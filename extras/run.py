@@ -25,12 +25,17 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import SUFFIXES, collate, endless_order, progress
-from sigma import RunError, UserError, fill, read_checkpoint
+from sigma import UserError, fill, read_checkpoint
 
 STOP_SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP
 GRACE = 3  # seconds in which more signals are echoes of the first: Slurm and torchrun both send one
 LOG_STEPS, LOG_SECONDS, SAVE_SECONDS = 10, 10, 600  # at most, before a log line, a save
 MAX_UNREADABLE = 0.01  # share of the videos; five are always tolerated
+
+
+class RunError(UserError):
+    """A run that can't go on; its message says why and what is left."""
+    code = 1
 
 
 # --- Processes and devices ------------------------------------------------------------------------

@@ -25,7 +25,7 @@ import train
 from data import decode, find_videos, normalise
 from extras import bench, features, finetune, motion, pictures, segment, videos, weights
 from extras.finetune import Classifier
-from extras.run import launch
+from extras.run import RunError, launch
 from sigma import Encoder, UserError, build_model, load_encoder, load_model, tube_mask
 
 
@@ -763,7 +763,7 @@ def test_the_check_names_what_fails_and_goes_on(capsys, monkeypatch):
     assert rows[2][2].startswith("Python 3") and "first, second" in errors
     commands[:2] = []
     assert run(bench, "--check") == 0
-    with pytest.raises(sigma.RunError, match="not done"):
+    with pytest.raises(RunError, match="not done"):
         bench.apart(["sleep", "60"], "/", 0.1)
 
 

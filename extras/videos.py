@@ -31,10 +31,10 @@ import av
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
-from data import (SUFFIXES, VideoError, all_frames, decode, find_videos, in_parallel, opened,
-                  quarter_turns, reformatter)
-from extras.run import claim, launch, log
-from sigma import RunError, UserError
+from data import (REFORMATTER, SUFFIXES, VideoError, all_frames, decode, find_videos, in_parallel,
+                  opened, quarter_turns)
+from extras.run import RunError, claim, launch, log
+from sigma import UserError
 from train import at_least, parser_with
 
 H264 = {"preset": "veryfast", "crf": "22", "tune": "fastdecode", "g": "32", "keyint_min": "32",
@@ -158,7 +158,7 @@ def resize(frame):
     sides, turns = (frame.height, frame.width), quarter_turns(frame)
     height, width = (max(2, 2 * round(128 * side / min(sides))) for side in sides)
     form = "yuv444p" if turns else "yuv420p"  # planes of one size can be turned
-    image = reformatter().reformat(frame, width, height, form, threads=1)
+    image = REFORMATTER.reformat(frame, width, height, form, threads=1)
     if turns:
         planes = torch.from_numpy(image.to_ndarray()).rot90(turns, (1, 2))
         image = av.VideoFrame.from_ndarray(planes.numpy(), form)
