@@ -6,8 +6,8 @@ What `--data` and `--root` may name:
     a folder    DIR/train/<class>/*.mp4 and DIR/val/<class>/*.mp4, or DIR/<class>/*.mp4, or
                 DIR/*.mp4 without labels, or lists DIR/train.csv and DIR/val.csv
 Images (.jpg, .png) are clips that stand still. extras/videos.py turns the tables of Kinetics,
-Something-Something, UCF101 and HMDB51 into lists. Only a clip's frames are decoded, and it stays
-uint8 until it is on the training device.
+Something-Something, UCF101 and HMDB51 into lists. Decoding starts at the key frame before a clip
+and ends with it; clips stay uint8 until they are on the training device.
 """
 import glob
 import math
@@ -176,8 +176,8 @@ def decode(path, choose, watch=None):
     """The clips that choose(number of frames) asks for, lists of indices: (T, 3, H, W) uint8 each,
     upright as the file's display matrix says.
 
-    Frame i is the i-th that is shown if the rate is constant, else the last one shown by i / n of
-    the time from the first of n frames to the last. A file that ends sooner holds its last frame.
+    Frame i of n is the i-th that is shown if the rate is constant, else the last one shown by
+    i / (n - 1) of the time from the first to the last. A file that ends sooner holds its last frame.
     watch(frame, position, turns) is called with each decoded frame, motion vectors included: its
     place in frames from the first, and the quarter turns anticlockwise that make it upright. Where
     positions do not ascend, reading has started again. Raises VideoError with the reason.
@@ -390,8 +390,8 @@ def quarter_turns(frame):
 
 
 def to_rgb(frame, like=None):
-    """A decoded frame as (H, W, 3) uint8, upright, in the size of another one; on one thread
-    (default: all, for each frame anew)."""
+    """A decoded frame as (H, W, 3) uint8, upright, resized to `like` if given. PyAV's default would
+    start all threads for each frame."""
     turns, (height, width) = quarter_turns(frame), (frame.height, frame.width)
     if like is not None:
         height, width = like.shape[1::-1] if turns % 2 else like.shape[:2]
@@ -403,7 +403,7 @@ def to_rgb(frame, like=None):
 # --- Clips ----------------------------------------------------------------------------------------
 
 CROP_FACTORS = (1, 0.875, 0.75, 0.66)  # of the short side
-CROP_SHAPES = [(CROP_FACTORS[i], CROP_FACTORS[j]) for i in range(4) for j in range(4)
+CROP_SHAPES = [(h, w) for i, h in enumerate(CROP_FACTORS) for j, w in enumerate(CROP_FACTORS)
                if abs(i - j) <= 1]  # height and width at most one step apart: 10
 CROP_PLACES = [(i, j) for i in range(5) for j in range(5) if (i + j) % 2 == 0]  # 13, in quarters
 
@@ -463,7 +463,7 @@ class Clips(Dataset):
         return torch.stack(clips), self.masks(generator)
 
     def masks(self, generator):
-        """As many masks (R, N), or None without a ratio."""
+        """R masks (R, N); None if ratio is None: nothing is to be hidden."""
         if self.ratio is not None:
             return tube_mask(self.repeat, self.grid, self.ratio, generator)
 
@@ -597,8 +597,7 @@ def make_toy(root, train=TOY_TRAIN, val=TOY_VAL):
         for label, name in enumerate(TOY_CLASSES):
             (draft / split / name).mkdir(parents=True)
             jobs += [(draft / split / name / f"{i:05}.mp4", label, i) for i in numbers[label::8]]
-    for _ in in_parallel(render, jobs, os.cpu_count(), "rendering the toy set"):
-        pass
+    list(in_parallel(render, jobs, os.cpu_count(), "rendering the toy set"))
     try:
         draft.rename(root)
     except OSError:  # another process was faster: its set is the same

@@ -3,14 +3,15 @@
 Paper: Salehi, Dorkenwald, Thoker, Gavves, Snoek, Asano, ECCV 2024, arXiv 2407.15447.
 
 Masked video models such as VideoMAE predict the pixels of what is hidden, and learn texture. SIGMA
-predicts features, of a second network that learns along. Both could agree on a constant. So:
+predicts features, of a second network that learns along (or of DINO, which is frozen). Two networks
+that learn from each other could agree on a constant. So:
 
     1. A clip is cut into space-time tubes, and 90% of them are hidden            tube_mask
     2. The video model predicts a feature of each hidden tube from the rest       SIGMA.predict
     3. The projection network computes one from the hidden tube's true content    SIGMA.embed
     4. Both features are compared with K learned prototypes                       SIGMA.compare
-    5. Sinkhorn assigns the tubes to prototypes such that all are used equally,
-       which features that are all the same can't satisfy                         sinkhorn
+    5. Sinkhorn assigns the tubes to prototypes such that all are used equally;
+       to predict that, features must tell tubes apart, and a constant can't      sinkhorn
     6. Each network predicts the assignment that the other one got                symmetric_loss
 
     model = build_model("base")                            # or SIGMA(dim=..., ...) for any size
@@ -19,8 +20,8 @@ predicts features, of a second network that learns along. Both could agree on a 
     features = model.encoder(video)                        # use: (2, 1568, 768), a token per tube
 
 `SIGMA.forward` is these six steps; `python sigma.py` walks one clip through them. The best second
-page is the test that writes the loss out by hand, in test_sigma.py. Parts come in the order of the
-steps, from small to large; `tube_mask`, `sinkhorn` and `symmetric_loss` can each be copied alone.
+page is the test that writes the loss out by hand, in test_sigma.py. Parts come from small to large;
+`tube_mask`, `sinkhorn` and `symmetric_loss` can each be copied alone, with torch's imports.
 
 Shapes   B clips of 3 x T x H x W pixels   N tubes of a clip = V visible + M hidden
          D width of the encoder's tokens, D' of the decoder's   E width of features and prototypes
@@ -224,7 +225,7 @@ def dino_weights(weights):
 
 
 class Teacher(nn.Module):
-    """The projection network of SIGMA-DINO: a frozen ViT on the first frame of each tubelet.
+    """The projection network of SIGMA-DINO: a frozen ViT on the first frame of each slice.
 
     weights: DINO's state dict; width, depth and patch size are inferred from it; DINO's heads are
     always 64 wide. tube: the video model's; frames are resized so that each tube is one patch. Not
@@ -253,7 +254,7 @@ class Teacher(nn.Module):
         if (h, w) != (side, side):  # as DINO does it, 0.1 included
             scale = ((h + 0.1) / side, (w + 0.1) / side)
             position = F.interpolate(position, scale_factor=scale, mode="bicubic")
-        with torch.autocast(video.device.type, enabled=False):  # lower precision is untested
+        with torch.autocast(video.device.type, enabled=False):  # no lower precision: untested
             x = self.vit.patch_embed(take_tubes(frames, self.vit.tube))  # B N E
             x = rearrange(x, "b (t n) e -> (b t) n e", n=h * w) + position.flatten(2).mT
             x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1)
@@ -271,8 +272,8 @@ def sinkhorn(scores, eps=0.05, iters=10, group=None, hard=False):
     scores: (N, K), cosines; any finite numbers up to 1e35 give a finite result. eps: 0.005 or more;
     smaller is closer to a hard assignment. iters: 1 or more. group: of torch.distributed; under it
     N is this rank's part, and the balance holds over all ranks' tubes. Returns (N, K), float32 or
-    better: rows sum to 1, columns to about N / K over the whole batch. hard: each row's largest
-    entry instead, (N,) indices, which saves one scaling of the N x K matrix.
+    better: rows sum to 1, and all columns, summed over the ranks, to about the same. hard: each
+    row's largest entry instead, (N,) indices, which saves one scaling of the N x K matrix.
 
     The assignment is diag(u) A diag(v) with A = exp(scores / eps). Only the vectors u and v change:
     an iteration is two products of A with a vector, and nothing N x K is rewritten.
@@ -326,7 +327,7 @@ def spreads(predicted, embedded):
     return {name: x.detach().float().flatten(0, 1).std(dim=0).mean() for name, x in both.items()}
 
 
-# --- The six steps --------------------------------------------------------------------------------
+# --- Step 4, and all six together --------------------------------------------------------------------------------
 
 DINO_WIDTHS = {"dino": 768, "dino-s": 384}  # of the teachers' features
 BASELINES = ("pixel", "l2")  # without prototypes
@@ -480,8 +481,7 @@ def fill(module, weights, source):
 def read_file(path):
     """The dictionary in a file of torch.save. Runs no code from it. Raises UserError."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        return dict(content)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from error
     except Exception as error:  # whatever a damaged or foreign file brings about

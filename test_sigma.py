@@ -667,6 +667,11 @@ class TestTraining:
         assert steps == sorted(set(steps)) and steps[-1] == 20
         assert not list(Path("killed").glob("*unfinished*"))
 
+    def test_a_run_from_weights_goes_on_without_naming_them_again(self, here):
+        flags = [*RUN, "--out", "warm", "--max-steps"]
+        assert run(*flags, 1, "--init", OUT) == 0 and run(*flags, 2) == 0
+        assert saved("warm")["clips_seen"] == 2 * 32 and run(*flags, 3, "--init", "other") == 2
+
     @pytest.mark.parametrize("name", STOP_SIGNALS)
     def test_a_signal_to_all_processes_saves_and_ends(self, name, here):
         """Twice at once, as under Slurm, where torchrun passes on what each process gets anyway."""

@@ -82,7 +82,7 @@ FLAGS = {  # the scripts in extras/ take theirs from here
     "data": dict(default="toy", help="k400, ssv2, ucf101, hmdb51, toy, a folder or a list"),
     "root": dict(help="folder of a named set (default: data/<name>)"),
     "val": dict(help="labelled videos to test on (default: val or test of --data)"),
-    "model": dict(choices=SIZES, help="default: tiny for toy, else base; with --init its own"),
+    "model": dict(choices=SIZES, help="default: tiny for toy, else base; finetune: of --init"),
     "target": dict(choices=TARGETS, default="mlp", help="mlp: SIGMA-MLP (default); dino, dino-s: "
                    "SIGMA-DINO with ViT-B or ViT-S; pixel: VideoMAE; l2: mlp without Sinkhorn, "
                    "which collapses"),
@@ -136,6 +136,7 @@ def parse(argv, clips_class=Clips):
     known, _ = parser.parse_known_args(argv)
     model = known.model or ("tiny" if known.data == "toy" else "base")
     name = f"{Path(known.data).resolve().stem}-{model}-{known.target}"
+    name += "" if clips_class is Clips else f"-{clips_class.__name__}"
     parser.set_defaults(model=model, out=f"out/{name}", clips=clips_class.__name__,
                         prototypes=sizes_for(model)["prototypes"], **recipe(known.data, model))
     args = parser.parse_args(argv)
@@ -183,9 +184,8 @@ def set_blocks(blocks, recompute, compiled=False):
 
 def make_optimizer(model):
     """AdamW, without weight decay on biases, norms and other vectors."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in parameters if p.ndim > 1], weight_decay=0.05),
-              dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.0)]
+    groups = [dict(params=[p for p in model.parameters() if (p.ndim > 1) == matrices],
+                   weight_decay=0.05 if matrices else 0.0) for matrices in (True, False)]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
 
 
@@ -290,8 +290,8 @@ def prepare_clips(args, tube, clips_class):
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
         (out / "results.json").unlink(missing_ok=True)  # of a run that was here before
-        lines = "".join(f"{line}\n" for line in skipped)
-        (out / "skipped.txt").write_bytes(os.fsencode(lines))  # names need not be UTF-8
+        lines = os.fsencode("\n".join([*skipped, ""]))  # names need not be UTF-8
+        (out / "skipped.txt").write_bytes(lines)
     twice = len(videos) - len({path for path, _ in videos})
     log(f"data      {len(videos):,} videos{f', {twice:,} of them named before' if twice else ''}; "
         f"{len(skipped):,} files or lines skipped"
@@ -341,9 +341,8 @@ def main(argv=None, clips_class=Clips):
                         for word in (f"--{name}", vars(args)[name]))
     log(f"{results['protocol']}\nwrote {out}/last.pt, log.jsonl and results.json; next:\n"
         f"    python extras/pictures.py {out}\n"
-        f"    python extras/features.py --init {out} {source}")
-    if sets:
-        log(f"    python extras/finetune.py --init {out} {source}")
+        f"    python extras/features.py --init {out} {source}"
+        + (f"\n    python extras/finetune.py --init {out} {source}" if sets else ""))
 
 
 if __name__ == "__main__":

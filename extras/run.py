@@ -29,8 +29,8 @@ from sigma import UserError, fill, read_checkpoint
 
 STOP_SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP
 GRACE = 3  # seconds in which more signals are echoes of the first: Slurm and torchrun both send one
-LOG_STEPS, LOG_SECONDS, SAVE_SECONDS = 10, 10, 600  # at most, before a log line, a save
-MAX_UNREADABLE = 0.01  # share of the videos; five are always tolerated
+LOG_STEPS, LOG_SECONDS, SAVE_SECONDS = 10, 10, 600  # between log lines, saves
+MAX_UNREADABLE = 0.01  # share of the videos; or five, if that is more
 
 
 class RunError(UserError):
@@ -227,11 +227,11 @@ def saved_run(args):
         "max_steps views clips".split())
     kind = getattr(args, "clips", None)
     if saved["args"].get("clips", kind) != kind:
-        raise UserError(f"the run in {args.out} was started by extras/motion.py or train.py, the "
-                        "other one of both: go on with that")
+        raise UserError(f"the run in {args.out} was started by the other one of train.py and "
+                        "extras/motion.py: resume it with that")
     differ = [f"--{name.replace('_', '-')} {now} (the run has {saved['args'][name]})"
-              for name, now in vars(args).items()
-              if name not in free and name in saved["args"] and saved["args"][name] != now]
+              for name, now in vars(args).items() if now is not None  # --init may be left out
+              and name not in free and name in saved["args"] and saved["args"][name] != now]
     if differ:
         raise UserError(f"the run in {args.out} goes on with its own settings, but you give "
                         f"{', '.join(differ)}: leave them out, or choose another --out")
