@@ -35,6 +35,8 @@ from sigma import IMAGENET_MEAN, IMAGENET_STD, UserError, tube_mask
 av.logging.set_level(av.logging.FATAL)  # a damaged file is reported once, by us
 SUFFIXES = set(".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .ts .mts .wmv .flv .3gp .ogv".split())
 IMAGES = {".jpg", ".jpeg", ".png"}
+# Tags need not be UTF-8, which PyAV 19 takes care of.
+TAGS = {} if av.__version__ >= "19" else {"metadata_errors": "replace"}
 TABLES = ("*labels.json", "ucfTrainTestlist", "testTrainMulti*")  # of Something-Something, ...
 MAKE_LISTS = "turn it into lists first, see python extras/videos.py lists --help"
 
@@ -220,7 +222,7 @@ def opened(path, motion=False):
     if os.path.isfile(path) and not os.path.getsize(path):
         raise VideoError("it is empty")
     try:  # Python opens the file: FFmpeg takes some names for addresses or patterns
-        with open(path, "rb") as file, av.open(file, metadata_errors="replace") as container:
+        with open(path, "rb") as file, av.open(file, **TAGS) as container:
             stream = video_stream(container)
             if motion:
                 stream.codec_context.options = {"flags2": "+export_mvs"}

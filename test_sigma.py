@@ -432,6 +432,12 @@ class TestData:
         os.rename("v.mp4", name)
         assert numbers_in(os.fsdecode(name), [7]) == [[7]]
 
+    def test_tags_need_not_be_utf_8(self):
+        write_numbered("v.mkv")
+        content = Path("v.mkv").read_bytes().replace(b"Lavf", b"\xff" * 4)  # the name of the writer
+        Path("v.mkv").write_bytes(content)
+        assert b"Lavf" not in content and numbers_in("v.mkv", [7]) == [[7]]
+
     def test_damaged_files_say_why_they_cannot_be_read(self):
         write_numbered("v.mp4", bf="2", g="12")
         good = Path("v.mp4").read_bytes()
