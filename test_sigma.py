@@ -790,6 +790,7 @@ class TestTraining:
         ("--size 30", "multiples"), ("--root x --data mine", "--root"), ("--teacher x", "teacher"),
         ("--target dino --teacher bad.csv", "bad.csv"), ("--ratio 1", "ratio"),
         ("--repeat 3 --batch-size 64", "--repeat"),
+        ("--data data/toy/val/6_up --model tiny --size 32 --eval-every 1", "eval-every"),
         (f"{' '.join(RUN)} --out {OUT} --lr 0.5", "--lr 0.5 (the run has 0.0")])
     def test_wrong_usage_ends_in_one_sentence_and_code_2(self, here, capsys, flags, word):
         Path("bad.csv").write_text("nothing.mp4 0\n")

@@ -144,7 +144,7 @@ def parse(argv, clips_class=Clips):
     places = (args.size // args.tube[1]) ** 2  # of a slice
     if not 0 < int(args.ratio * places) < places:
         parser.error(f"--ratio {args.ratio:g} hides all tubes of --size {args.size}, or none")
-    if args.teacher and args.target not in DINO:
+    if args.teacher and args.target not in DINO_WIDTHS:
         parser.error("--teacher only applies to --target dino or dino-s")
     return args
 
@@ -286,6 +286,9 @@ def prepare_clips(args, tube, clips_class):
                         crop=centre_crop if toy else corner_crop)
     sets = [Clips(part[::math.ceil(len(part) / EVAL_CLIPS)], **options, ratio=None, tries=1,
                   choose=centre_frames, crop=centre_crop) for part in (videos, tests) if tests]
+    if args.eval_every and not sets:
+        raise UserError("--eval-every needs labelled videos to test on, in val or test of --data, "
+                        "or --val")
     if RANK == 0:
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
