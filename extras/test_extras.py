@@ -19,6 +19,7 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torchvision.utils import save_image
 
 import data
@@ -291,8 +292,17 @@ class TestFineTuning:
         found = finetune.mean_average_precision(scores, truth)
         assert found == pytest.approx(((1 / 1 + 2 / 3) / 2 + 1 / 2) / 2)
 
+    def test_a_video_that_cannot_be_read_is_ranked_last(self, monkeypatch):
+        flags = dict(views=[1, 1], sampling="segments", amp="off", workers=0, multi_label=True,
+                     freeze=False, epochs=1, lr=0.1)
+        monkeypatch.setattr(finetune, "collect", lambda *_: (  # scores of two videos, and labels
+            torch.tensor([[0.2], [0.9]]), torch.tensor([0, -1])))
+        results = finetune.test(argparse.Namespace(**flags), nn.Identity(), [("a", 0), ("b", 1)],
+                                torch.tensor([[1.0], [0.0]]), dict(frames=4, stride=1, size=8))
+        assert results["mAP"] == 1 and results["unreadable"] == 1
+
     def test_several_labels_a_line_are_learned_and_tested_by_map(self, toy):
-        """A video that can't be read is ranked last; without the flag such a list is refused."""
+        """Without the flag such a list is refused."""
         put_lists(lambda i: f"{i % 3} {3 + i % 2}")
         flags = ["--data", "set", "--init", "run", "--epochs", 1, "--out"]
         assert run(finetune, *flags, "refused") == 2
