@@ -179,7 +179,7 @@ def decode(path, choose, watch=None):
     upright as the file's display matrix says.
 
     Frame i of n is the i-th that is shown if the rate is constant, else the last one shown by
-    i / (n - 1) of the time from the first to the last. A file that ends sooner holds its last frame.
+    i / (n - 1) of the time from the first to the last. A file that ends sooner holds its last one.
     watch(frame, position, turns) is called with each decoded frame, motion vectors included: its
     place in frames from the first, and the quarter turns anticlockwise that make it upright. Where
     positions do not ascend, reading has started again. Raises VideoError with the reason.

@@ -327,7 +327,7 @@ def spreads(predicted, embedded):
     return {name: x.detach().float().flatten(0, 1).std(dim=0).mean() for name, x in both.items()}
 
 
-# --- Step 4, and all six together --------------------------------------------------------------------------------
+# --- Step 4, and all six together -----------------------------------------------------------------
 
 DINO_WIDTHS = {"dino": 768, "dino-s": 384}  # of the teachers' features
 BASELINES = ("pixel", "l2")  # without prototypes

@@ -51,7 +51,7 @@ def read_mask(path):
         return mask.masked_fill(mask == 255, 0)
     if frame.format.name not in ("gray", "monob", "monow"):
         raise UserError(f"{path} holds colours ({frame.format.name}), not the indices of segments")
-    mask = torch.from_numpy(frame.to_ndarray(format="gray")).long()
+    mask = torch.from_numpy(frame.to_ndarray(format="gray", threads=1)).long()
     return (mask > 127).long() if mask.max() > 127 else mask
 
 

@@ -107,7 +107,8 @@ def write_film(path, images, times=None, tick=40, codec="libx264", options=None,
         context.time_base, context.colorspace, context.color_range = tick, 1, 2
         for image, time in zip(images.byte().numpy(), times or range(len(images))):
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            frame = frame.reformat(format="yuv420p", dst_colorspace=1, dst_color_range=2)
+            frame = frame.reformat(format="yuv420p", dst_colorspace=1, dst_color_range=2,
+                                   threads=1)  # those of more would hang a later fork
             frame.pts, frame.time_base = time, tick
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
@@ -473,7 +474,8 @@ class TestVideos:
         assert [frame.time for frame in frames] == pytest.approx(
             [(time - times[0]) * tick / 1000 for time in times], abs=1e-4)
         for i, frame in enumerate(frames):
-            image = torch.from_numpy(frame.to_ndarray(format="rgb24")).rot90(-turns).float()
+            image = torch.from_numpy(frame.to_ndarray(format="rgb24", threads=1))
+            image = image.rot90(-turns).float()
             assert frame.rotation == 0 and image.shape == (256, 384, 3) and image[:48].mean() > 240
             assert image[80:].mean(dim=(0, 1)).tolist() == pytest.approx(
                 [6 * i, 40, 240 - 6 * i], abs=4)
