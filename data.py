@@ -267,8 +267,10 @@ def frame_times(path, container, stream):
             reordered = isinstance(listed, range) and stamps.pts < packets[-2:][0].pts
             if listed and (guessed or reordered or not reorders):
                 return listed, not guessed
-    if packets and len(packets) < len(listed):  # the file is cut
-        return listed, False
+    if packets and len(packets) < len(listed):
+        last = stream.index_entries[-1]
+        if last.pos + last.size > os.path.getsize(path):  # the file is cut
+            return listed, False
     if not guessed:  # a packet without a time is the second field of a frame
         timed = [stamps for stamps in packets if stamps.pts is not None] or packets
         guessed, packets = len(timed) < len(packets), timed
