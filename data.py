@@ -1,4 +1,4 @@
-"""Videos in, uint8 clips with tube masks out: finding, decoding, cropping, loading; a toy set.
+"""Videos in, uint8 clips with tube masks out: finding, choosing frames, cropping, loading.
 
 What `--data` and `--root` may name:
     a list      lines `path label`, `path,label` or `path`; the label is a whole number, counted
@@ -58,7 +58,10 @@ def seeded(*numbers):
 
 # --- Finding videos -------------------------------------------------------------------------------
 
-def find_videos(source, splits=("train", ""), classes=None, several=False):
+SPLITS = {"train": ("train", ""), "val": ("val", "test")}  # names of --split to look for, in turn
+
+
+def find_videos(source, splits=SPLITS["train"], classes=None, several=False):
     """The videos of a list or folder (layouts: top of this file) as pairs (path, label), -1 for no
     label; the names of its class folders; and what was skipped, each with the reason.
 
@@ -67,8 +70,9 @@ def find_videos(source, splits=("train", ""), classes=None, several=False):
     and their labels are tuples. Raises UserError if a folder is not one of the classes, if labels
     can't be numbers of classes, or if there are no videos though the source itself was looked into.
     """
-    skipped = []
-    for path in [Path(source, name) for split in splits for name in (f"{split}.csv", split)]:
+    skipped, places = [], [Path(source)] if Path(source).is_file() and "" in splits else [
+        Path(source, name) for split in splits for name in (f"{split}.csv", split)]
+    for path in places:
         if path.is_file():
             videos, names = read_list(path, skipped, several), []
         else:
@@ -124,12 +128,29 @@ def split_line(line, folder):
     return folder / "".join(words[:-2] or words), words[2:][-1:]
 
 
+def files_below(folder, skipped, above=()):
+    """The files below a folder that have a suffix, sorted; links are followed, but no folder is
+    entered again from within it."""
+    try:
+        real, entries = os.path.realpath(folder), sorted(os.scandir(folder), key=lambda e: e.name)
+    except OSError as error:
+        skipped += [f"{folder}: {error.strerror}"] if above else []  # source itself need not be
+        return []
+    if real in above:
+        skipped.append(f"{folder}: it leads back to a folder that it is in")
+        return []
+    entries = [entry for entry in entries if not entry.name.startswith(".")]
+    files = [Path(entry.path) for entry in entries if not entry.is_dir() and "." in entry.name]
+    for entry in entries:
+        files += files_below(entry.path, skipped, {*above, real}) if entry.is_dir() else []
+    return sorted(files) if not above else files
+
+
 def walk_folder(folder, classes, skipped):
     """The videos below a folder, and its classes: its sub-folders that contain some, sorted."""
     if any(any(folder.glob(pattern)) for pattern in TABLES):
         raise UserError(f"{folder} has a table of its set: {MAKE_LISTS}")
-    files = sorted(glob.glob("**/*.*", root_dir=folder, recursive=True))  # links are followed
-    files = [folder / name for name in files if not os.path.isdir(folder / name)]
+    files = files_below(folder, skipped)
     images, videos = ([path for path in files if path.suffix.lower() in kind and path.is_file()]
                       for kind in (IMAGES, SUFFIXES))
     kind, others = "videos", set(images)
@@ -147,6 +168,12 @@ def walk_folder(folder, classes, skipped):
         raise UserError(f"{folder} has class folders that the training videos don't have: "
                         f"{', '.join(sorted(unknown)[:5])}")
     return [(str(path), classes.index(name)) for path, name in zip(videos, names)], classes
+
+
+def told(skipped):
+    """How many files or lines were skipped, and the first, for a line of the log."""
+    first = f", first {skipped[0]}" if skipped else ""
+    return f"; {len(skipped):,} files or lines skipped{first}"
 
 
 def check_labels(videos, source):
@@ -488,7 +515,7 @@ class Clips(Dataset):
 
 
 def endless_order(n, batch, rank=0, world=1, seed=0, start=0):
-    """Keys (position, video) for ever: all n videos in a new order, then again in another one.
+    """An endless shuffled stream of keys (position, video): all n videos, then all in a new order.
 
     All ranks together count positions from `start` on, `batch` in turn for each of `world` ranks.
     So what a step sees depends on how far the run is, not on how many processes share it.
@@ -512,11 +539,23 @@ def collate(samples):
     return Batch(torch.cat(video), mask, torch.tensor(labels), torch.tensor(index), bad)
 
 
+class Lines:
+    """stderr for bars where it is no terminal: each state is a line of its own, since a job's
+    launcher may hold back a line until it ends."""
+
+    def write(self, text):
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self):
+        sys.stderr.flush()
+
+
 def progress(items=None, title=None, total=None, **options):
     """A tqdm bar that moves rarely where its output is kept, as in a job's log."""
-    often = sys.stderr is not None and sys.stderr.isatty()
-    return tqdm(items, title, total, dynamic_ncols=True, mininterval=0.1 if often else 30,
-                maxinterval=10 if often else 30, **options)
+    if sys.stderr is None or not sys.stderr.isatty():
+        options |= dict(mininterval=30, maxinterval=30, file=Lines() if sys.stderr else None)
+    return tqdm(items, title, total, dynamic_ncols=True, **options)
 
 
 def in_parallel(work, items, workers, title, unit=" videos"):
@@ -533,78 +572,3 @@ def normalise(video, device):
     for channel, mean, std in zip(video.unbind(1), IMAGENET_MEAN, IMAGENET_STD):
         channel.sub_(255 * mean).div_(255 * std)  # numbers: a tensor made here would wait for a GPU
     return video
-
-
-# --- The toy set ----------------------------------------------------------------------------------
-
-TOY_CLASSES = ("0_right", "1_down_right", "2_down", "3_down_left", "4_left", "5_up_left", "6_up",
-               "7_up_right")
-TOY_FRAMES, TOY_SIZE, TOY_TRAIN, TOY_VAL = 8, 32, 8192, 1600
-
-
-def toy_clip(label, generator):
-    """A clip (TOY_FRAMES, TOY_SIZE, TOY_SIZE, 3) uint8 of a shape drifting at 45 degrees x label.
-
-    A lobed, striped shape of random looks on a smooth background, on a plane whose opposite edges
-    are joined: no single frame tells the class. No pixel noise, since nothing could predict it.
-    """
-    def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(shape, generator=generator)
-
-    size, turn = TOY_SIZE, 2 * math.pi
-    travelled = uniform(2, 3.5) * torch.arange(TOY_FRAMES)[:, None, None]  # pixels
-    pixel = torch.arange(size) + 0.5
-    x = pixel - uniform(0, size) - travelled * math.cos(label * turn / 8)  # from the shape's centre
-    y = pixel[:, None] - uniform(0, size) - travelled * math.sin(label * turn / 8)  # T S 1
-    x, y = ((distance + size / 2) % size - size / 2 for distance in (x, y))  # the joined edges
-    radius, angle = uniform(math.log(7), math.log(18)).exp(), uniform(0, turn)
-    along = (x * angle.cos() + y * angle.sin()) / radius  # in the shape's own coordinates: T S S
-    across = (y * angle.cos() - x * angle.sin()) / radius
-    lobes, depth = torch.randint(2, 6, (), generator=generator), uniform(0.15, 0.35)
-    outline = 1 - depth + depth * torch.cos(lobes * torch.atan2(across, along))
-    inside = ((outline - along.hypot(across)) * radius + 0.5).clamp(0, 1)  # edge: one pixel wide
-    angle = uniform(0, turn)
-    stripes = torch.sin(uniform(2, 4) * (along * angle.cos() + across * angle.sin())
-                        + uniform(0, turn))
-    texture = uniform(0, 1, 3) + uniform(-0.5, 0.5, 3) * stripes[..., None]  # T S S 3
-    background = F.interpolate(uniform(0, 1, 1, 3, 2, 2), (size, size), mode="bilinear",
-                               align_corners=True)[0].permute(1, 2, 0)  # S S 3
-    return (background.lerp(texture.clamp(0, 1), inside[..., None]) * 255).round().byte()
-
-
-def write_video(path, frames, rate=8):
-    """Writes frames (T, H, W, 3) uint8 as H.264 in mp4; H and W even."""
-    with av.open(str(path), "w") as container:
-        options = {"preset": "ultrafast", "crf": "10", "x264-params": "partitions=all:subme=2"}
-        stream = container.add_stream("libx264", rate=rate, options=options)
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-        stream.codec_context.thread_count = 1
-        for frame in frames.numpy():
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode(None))
-
-
-def render(job):
-    """Writes a toy clip to path, of a class and from a seed: job = (path, label, seed)."""
-    path, label, seed = job
-    write_video(path, toy_clip(label, seeded(seed)))
-
-
-def make_toy(root, train=TOY_TRAIN, val=TOY_VAL):
-    """Renders the toy set into root/{train,val}/<class>/*.mp4 on all cores, unless it is there.
-
-    It works in a folder of another name until all is written: root is complete or not there.
-    """
-    root = Path(root)
-    if root.is_dir():
-        return
-    draft, jobs = root.with_name(f"{root.name}.unfinished-{os.getpid()}"), []
-    for split, numbers in (("train", range(train)), ("val", range(TOY_TRAIN, TOY_TRAIN + val))):
-        for label, name in enumerate(TOY_CLASSES):
-            (draft / split / name).mkdir(parents=True)
-            jobs += [(draft / split / name / f"{i:05}.mp4", label, i) for i in numbers[label::8]]
-    list(in_parallel(render, jobs, os.cpu_count(), "rendering the toy set"))
-    try:
-        draft.rename(root)
-    except OSError:  # another process was faster: its set is the same
-        shutil.rmtree(draft)

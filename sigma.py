@@ -3,13 +3,13 @@
 Paper: Salehi, Dorkenwald, Thoker, Gavves, Snoek, Asano, ECCV 2024, arXiv 2407.15447.
 
 Masked video models such as VideoMAE predict the pixels of what is hidden, and learn texture. SIGMA
-predicts features, of a second network that learns along (or of DINO, which is frozen). Two networks
-that learn from each other could agree on a constant. So:
+predicts features, of a second network that is trained jointly (or of DINO, which is frozen). Two
+networks that learn from each other could agree on a constant. So:
 
     1. A clip is cut into space-time tubes, and 90% of them are hidden            tube_mask
     2. The video model predicts a feature of each hidden tube from the rest       SIGMA.predict
     3. The projection network computes one from the hidden tube's true content    SIGMA.embed
-    4. Both features are compared with K learned prototypes                       SIGMA.compare
+    4. Both features are compared with K learned prototypes                       compare
     5. Sinkhorn assigns the tubes to prototypes such that all are used equally;
        to predict that, features must tell tubes apart, and a constant can't      sinkhorn
     6. Each network predicts the assignment that the other one got                symmetric_loss
@@ -20,12 +20,13 @@ that learn from each other could agree on a constant. So:
     features = model.encoder(video)                        # use: (2, 1568, 768), a token per tube
 
 `SIGMA.forward` is these six steps; `python sigma.py` walks one clip through them. The best second
-page is the test that writes the loss out by hand, in test_sigma.py. Parts come from small to large;
-`tube_mask`, `sinkhorn` and `symmetric_loss` can each be copied alone, with torch's imports.
+page is the test that writes the loss out by hand, in test_sigma.py. Parts come in the order of the
+steps; `tube_mask`, `compare`, `sinkhorn` and `symmetric_loss` can each be copied alone.
 
 Shapes   B clips of 3 x T x H x W pixels   N tubes of a clip = V visible + M hidden
          D width of the encoder's tokens, D' of the decoder's   E width of features and prototypes
          K prototypes   P pixel values of a tube   (t, h, w) a clip's size in tubes
+         a slice: the h x w tubes of one time step
 """
 import math
 import re
@@ -70,7 +71,7 @@ def positions(n, dim, device=None):
 def tube_mask(batch, grid, ratio=0.9, generator=None):
     """Random tube masks (paper, method section; VideoMAE): (batch, t*h*w) bool, True where hidden.
 
-    Each clip hides int(ratio * h*w) positions of its own, the same in all t time slices, so that a
+    Each clip hides int(ratio * h*w) positions of its own, the same in all t slices, so that a
     hidden tube can't be copied from the slice before. All hide the same number, so the visible
     tubes form one dense batch. grid: the clip's size (t, h, w) in tubes. generator: on the CPU.
     """
@@ -210,36 +211,64 @@ def projector(pixels, dim, widths=(1024, 1024, 512)):
     return nn.Sequential(*layers, nn.Linear(pixels, dim))
 
 
+UNUSED = r"(head|head_dist|mask_token|masked_embed|decoder_\w+)(\.|$)"  # by a teacher
+NOT_PLAIN = {r"mlp\.(w\d|fc1_[gx])": "SwiGLU", r"rope|freqs": "rotary positions",
+             r"[qk]_norm": "norms of queries and keys", r"norm_pre|ln_pre": "a first norm"}
+
+
 def dino_weights(weights):
-    """DINO's state dict -> the same in the names of Encoder, its class token (1, 1, E) with its
-    position added, and the positions of its patches (1, E, side, side)."""
-    weights = {name: w for name, w in weights.items() if not name.startswith("head.")}
-    position, token = weights.pop("pos_embed"), weights.pop("cls_token")
+    """The state dict of a plain ViT, in the names that DINO, DINOv2, iBOT, MAE and timm share, as
+    Encoder names them; its tokens that are no patches (class token, registers), positions added,
+    (1, R, E); and the positions of its patches (1, E, side, side).
+
+    LayerScale is folded into the layers whose outputs it multiplies. Raises UserError with the name
+    of what Encoder can't compute.
+    """
+    for name, (pattern, part) in ((n, pair) for n in weights for pair in NOT_PLAIN.items()):
+        if re.search(pattern, name):
+            raise UserError(f"the teacher has {part} ({name}), but can only be a plain ViT")
+    if not {"pos_embed", "patch_embed.proj.weight"} <= weights.keys():
+        raise UserError("the teacher's file does not hold a ViT in the names of DINO: pos_embed, "
+                        "patch_embed.proj.weight, blocks.0.norm1.weight and so on")
+    weights = {re.sub(r"^blocks\.\d+\.(?=\d)", "blocks.", name): w.float()  # DINOv2's chunks
+               for name, w in weights.items() if not re.match(UNUSED, name)}
+    position = weights.pop("pos_embed")
+    side = math.isqrt(position.shape[1])  # patches alone, or behind the class token
+    first, position = position.split([position.shape[1] - side ** 2, side ** 2], dim=1)
+    token = weights.pop("cls_token", first)
+    token = token + first if first.shape == token.shape else token
+    registers = [weights.pop(name) for name in ("register_tokens", "reg_token") if name in weights]
     weights["patch_embed.proj.weight"] = weights["patch_embed.proj.weight"][:, :, None]
+    for scale, layer in ((r"ls1\.gamma|gamma_1", "attn.proj"), (r"ls2\.gamma|gamma_2", "mlp.fc2")):
+        for name in [name for name in weights if re.search(f"({scale})$", name)]:
+            layer_name, gamma = re.sub(scale, layer, name), weights.pop(name)
+            weights[f"{layer_name}.weight"] = weights[f"{layer_name}.weight"] * gamma[:, None]
+            weights[f"{layer_name}.bias"] = weights[f"{layer_name}.bias"] * gamma
     for name in [name for name in weights if name.endswith("qkv.bias")]:
         query, _, value = weights.pop(name).chunk(3)  # a bias of keys cancels in the softmax
         weights |= {name.replace("qkv.", "q_"): query, name.replace("qkv.", "v_"): value}
-    side = math.isqrt(position.shape[1])
-    patches = rearrange(position[:, 1:], "1 (h w) e -> 1 e h w", h=side)
-    return weights, token + position[:, :1], patches
+    tokens = torch.cat([token, *registers], dim=1)
+    return weights, tokens, rearrange(position, "1 (h w) e -> 1 e h w", h=side)
 
 
 class Teacher(nn.Module):
     """The projection network of SIGMA-DINO: a frozen ViT on the first frame of each slice.
 
-    weights: DINO's state dict; width, depth and patch size are inferred from it; DINO's heads are
-    always 64 wide. tube: the video model's; frames are resized so that each tube is one patch. Not
-    a part of SIGMA, so it is in no checkpoint. Raises UserError if the weights don't fit.
+    weights: the state dict of a plain ViT as `dino_weights` takes it; width, depth and patch size
+    are inferred from it; heads are 64 wide, in ViT-H (1280) 80. tube: the video model's; frames are
+    resized so that each tube is one patch. Not a part of SIGMA, so it is in no checkpoint. Raises
+    UserError if the weights don't fit.
     """
 
     def __init__(self, weights, tube=(2, 16, 16)):
         super().__init__()
-        weights, token, position = dino_weights(weights)
+        self.antialias = not weights.keys().isdisjoint({"register_tokens", "reg_token"})
+        weights, tokens, position = dino_weights(weights)
         self.tube, (self.dim, _, *patch) = tuple(tube), weights["patch_embed.proj.weight"].shape
-        vit = Encoder(dim=self.dim, depth=depth_of(weights, "blocks"), heads=self.dim // 64,
-                      tube=patch)
+        vit = Encoder(dim=self.dim, depth=depth_of(weights, "blocks"),
+                      heads=16 if self.dim == 1280 else self.dim // 64, tube=patch)
         self.vit = fill(vit, weights, "the teacher's file").requires_grad_(False)
-        self.register_buffer("token", token)  # 1 1 E
+        self.register_buffer("tokens", tokens)  # 1 R E
         self.register_buffer("position", position)  # 1 E side side
 
     @torch.no_grad()  # frozen
@@ -250,19 +279,43 @@ class Teacher(nn.Module):
         if self.tube[1:] != patch:  # t stays: bilinear in space
             size = (frames.shape[2], h * patch[0], w * patch[1])
             frames = F.interpolate(frames, size, mode="trilinear")
-        position, side = self.position, self.position.shape[-1]
-        if (h, w) != (side, side):  # as DINO does it, 0.1 included
-            scale = ((h + 0.1) / side, (w + 0.1) / side)
-            position = F.interpolate(position, scale_factor=scale, mode="bicubic")
         with torch.autocast(video.device.type, enabled=False):  # no lower precision: untested
             x = self.vit.patch_embed(take_tubes(frames, self.vit.tube))  # B N E
-            x = rearrange(x, "b (t n) e -> (b t) n e", n=h * w) + position.flatten(2).mT
-            x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1)
-            x = self.vit.norm(self.vit.blocks(x))[:, 1:]  # no class token
+            x = rearrange(x, "b (t n) e -> (b t) n e", n=h * w)
+            x = x + self.positions_for(h, w).flatten(2).mT
+            x = torch.cat([self.tokens.expand(len(x), -1, -1), x], dim=1)
+            x = self.vit.norm(self.vit.blocks(x))[:, self.tokens.shape[1]:]  # patches alone
         return rearrange(x, "(b t) n e -> b (t n) e", b=len(video))
 
+    def positions_for(self, h, w):
+        """Positions of h x w patches (1, E, h, w), interpolated as DINO and DINOv2 do it (0.1
+        included), or DINOv2 with registers (antialiased)."""
+        position, side = self.position, self.position.shape[-1]
+        if (h, w) == (side, side):
+            return position
+        if self.antialias:
+            return F.interpolate(position, (h, w), mode="bicubic", antialias=True)
+        scale = (h + 0.1) / side, (w + 0.1) / side
+        return F.interpolate(position, scale_factor=scale, mode="bicubic")
 
-# --- Steps 5 and 6: balanced assignments by Sinkhorn, and the loss --------------------------------
+
+# --- Step 4: features are compared with the prototypes --------------------------------------------
+
+def compare(predicted, embedded, prototypes):
+    """Cosines of both networks' features (B, M, E) to the prototypes (K, E), of unit length: two of
+    (B*M, K) (paper, method section).
+
+    The projection network's scores alone teach the prototypes: the video model's see them detached,
+    as published. Float32 also under autocast: bf16 would change 1% of the assignments.
+    """
+    with torch.autocast(predicted.device.type, enabled=False):
+        video, projection = (
+            F.normalize(x.flatten(0, 1).to(torch.promote_types(x.dtype, torch.float32)), dim=1)
+            for x in (predicted, embedded))  # B*M E
+        return video @ prototypes.detach().T, projection @ prototypes.T
+
+
+# --- Step 5: balanced assignments -----------------------------------------------------------------
 
 @torch.no_grad()  # an assignment is a target: no gradient flows through it
 def sinkhorn(scores, eps=0.05, iters=10, group=None, hard=False):
@@ -275,8 +328,15 @@ def sinkhorn(scores, eps=0.05, iters=10, group=None, hard=False):
     better: rows sum to 1, and all columns, summed over the ranks, to about the same. hard: each
     row's largest entry instead, (N,) indices, which saves one scaling of the N x K matrix.
 
-    The assignment is diag(u) A diag(v) with A = exp(scores / eps). Only the vectors u and v change:
-    an iteration is two products of A with a vector, and nothing N x K is rewritten.
+    In exact arithmetic, it is
+
+        A = (scores / eps).exp()
+        for _ in range(iters):
+            A = A / A.sum(dim=0)                # prototypes get the same total
+            A = A / A.sum(dim=1, keepdim=True)  # each tube gives 1 away
+
+    So the result is diag(u) A diag(v) of the first A. Here only the vectors u and v change: an
+    iteration is two products of A with a vector, and nothing N x K is rewritten.
     """
     def over_ranks(x, op=dist.ReduceOp.SUM):
         if dist.is_available() and dist.is_initialized():
@@ -284,8 +344,8 @@ def sinkhorn(scores, eps=0.05, iters=10, group=None, hard=False):
         return x
 
     with torch.autocast(scores.device.type, enabled=False):
-        # exp(2 / 0.005) overflows. A column's factor belongs to v, which the first iteration sets;
-        # a row's to u. So column and row maxima can go, exactly, and each row of A keeps a 1.
+        # exp(2 / 0.005) overflows. Subtracting each column's, then each row's maximum changes
+        # nothing: v undoes the one, u the other. And each row of A keeps a 1.
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         A = scores - over_ranks(scores.amax(dim=0), dist.ReduceOp.MAX)  # N K
         top = A.amax(dim=1, keepdim=True)  # N 1
@@ -300,21 +360,28 @@ def sinkhorn(scores, eps=0.05, iters=10, group=None, hard=False):
         return A.mul_(v).argmax(dim=1) if hard else A.mul_(v).mul_(u[:, None])
 
 
-def symmetric_loss(video_scores, target_scores, video_assignment, target_assignment,
+# --- Step 6: the symmetric loss -------------------------------------------------------------------
+
+def symmetric_loss(video_scores, projection_scores, video_assignment, projection_assignment,
                    temperature=0.1):
     """Each branch predicts the other's prototype (paper, method section): two cross-entropies.
 
-    Scores (N, K) are cosines, assignments (N,) the index of each tube's prototype. Returns the
-    loss and its terms, detached means over tubes, each about ln K at the start of training.
+    Scores (N, K) are cosines, assignments the index of each tube's prototype (N,), or its shares of
+    all (N, K). Returns the loss and its terms, detached means over tubes, each about ln K at the
+    start of training.
     """
-    target_term = F.cross_entropy(target_scores / temperature, video_assignment)
-    video_term = F.cross_entropy(video_scores / temperature, target_assignment)
-    terms = {"target_term": target_term.detach(), "video_term": video_term.detach()}
-    return target_term + video_term, terms
+    projection_term = F.cross_entropy(projection_scores / temperature, video_assignment)
+    video_term = F.cross_entropy(video_scores / temperature, projection_assignment)
+    terms = {"projection_term": projection_term.detach(), "video_term": video_term.detach()}
+    return projection_term + video_term, terms
 
+
+# --- What to watch, and all six together ----------------------------------------------------------
 
 def usage(assignment, k):
-    """How many of k prototypes an assignment (N,) uses, and the entropy of their use (<= ln k)."""
+    """How many of k prototypes an assignment (N,) or (N, k) uses (of shares, the largest), and the
+    entropy of their use (<= ln k)."""
+    assignment = assignment.argmax(dim=1) if assignment.ndim == 2 else assignment
     one = torch.full_like(assignment, 1 / len(assignment), dtype=torch.float32)
     share = one.new_zeros(k).index_add_(0, assignment, one)
     return (share > 0).sum(), torch.special.entr(share).sum()
@@ -323,14 +390,12 @@ def usage(assignment, k):
 def spreads(predicted, embedded):
     """Standard deviation of both networks' features (B, M, E) over all tubes, mean over E: it goes
     to 0 when they collapse."""
-    both = {"video_std": predicted, "target_std": embedded}
+    both = {"video_std": predicted, "projection_std": embedded}
     return {name: x.detach().float().flatten(0, 1).std(dim=0).mean() for name, x in both.items()}
 
 
-# --- Step 4, and all six together -----------------------------------------------------------------
-
-DINO_WIDTHS = {"dino": 768, "dino-s": 384}  # of the teachers' features
-BASELINES = ("pixel", "l2")  # without prototypes
+DINO_WIDTHS = {"dino": 768, "dino-s": 384}  # of the features of DINO's own two ViTs
+BASELINES = ("pixel", "l2")  # without prototypes and Sinkhorn
 TARGETS = ("mlp", *DINO_WIDTHS, *BASELINES)
 
 
@@ -338,11 +403,11 @@ class SIGMA(nn.Module):
     """The two networks, the prototypes between them, and the loss.
 
     target, what the video model learns to predict: "mlp" (an MLP's features of the hidden tubes'
-    pixels; it learns along), "dino" or "dino-s" (a Teacher's features, target_dim wide; nothing to
-    train), and two baselines without prototypes: "pixel" (VideoMAE: regress the pixels) and "l2"
-    (regress the MLP's features, without anything that keeps both networks from a constant).
-    eps, iters: Sinkhorn's. temperature: the cross-entropies'. Weights start as in the published
-    code.
+    pixels; it is trained jointly), "dino" or "dino-s" (a Teacher's features, target_dim wide;
+    nothing to train), and two baselines without prototypes: "pixel" (VideoMAE: regress the pixels)
+    and "l2" (regress the MLP's features, without anything that keeps both networks from a
+    constant). eps, iters: Sinkhorn's. temperature: the cross-entropies'. Weights start as in the
+    published code. For another idea override `embed` or `assign`, see extras/ideas.md.
     """
 
     def __init__(self, *, dim, depth, heads, decoder_dim, decoder_depth, decoder_heads,
@@ -382,21 +447,32 @@ class SIGMA(nn.Module):
         if self.target in BASELINES:  # the baselines end here; l2 trains both networks
             loss = F.mse_loss(at_least_fp32(predicted), embedded)
             return loss, {f"{self.target}_term": loss.detach(), **spreads(predicted, embedded)}
-        scores = self.compare(predicted, embedded)  # 4. cosines to the prototypes: two of (B*M K)
-        video_assignment, target_assignment = (  # 5. balanced assignments: two of (B*M)
-            sinkhorn(x.detach(), self.eps, self.iters, hard=True) for x in scores)
+        scores = compare(predicted, embedded, self.unit_prototypes())  # 4. cosines: two of (B*M K)
+        video_assignment, projection_assignment = map(self.assign, scores)  # 5. balanced: (B*M)
         loss, terms = symmetric_loss(  # 6. each branch predicts the other's
-            *scores, video_assignment, target_assignment, self.temperature)
+            *scores, video_assignment, projection_assignment, self.temperature)
         used, entropy = usage(video_assignment, len(self.prototypes))
-        _, target_entropy = usage(target_assignment, len(self.prototypes))
+        _, projection_entropy = usage(projection_assignment, len(self.prototypes))
         return loss, terms | spreads(predicted, embedded) | dict(
-            entropy=entropy, target_entropy=target_entropy, prototypes_used=used,
-            video_assignment=video_assignment, target_assignment=target_assignment)
+            video_entropy=entropy, projection_entropy=projection_entropy, prototypes_used=used,
+            video_assignment=video_assignment, projection_assignment=projection_assignment)
+
+    def unit_prototypes(self):
+        """The prototypes (K, E), at unit length: in training rescaled in place, outside the graph,
+        as published."""
+        if not self.training:
+            return F.normalize(self.prototypes, dim=1)
+        self.prototypes.data.copy_(F.normalize(self.prototypes.data, dim=1))
+        return self.prototypes
+
+    def assign(self, scores):
+        """Scores (B*M, K) -> each tube's prototype (B*M,), or its shares of all (B*M, K)."""
+        return sinkhorn(scores.detach(), self.eps, self.iters, hard=True)
 
     def predict(self, video, visible, hidden):
-        """The video model: features of the hidden tubes from the visible ones, (B, M, E)."""
+        """The video model: features of hidden tubes, all or some, from the visible: (B, M, E)."""
         tokens = self.encoder_to_decoder(self.encoder(video, visible))  # B V D'
-        n = visible.shape[1] + hidden.shape[1]
+        n = math.prod(video.shape[2:]) // math.prod(self.encoder.tube)
         position = positions(n, self.decoder.dim, video.device)  # N D'
         tokens = torch.cat([tokens + position[visible], self.mask_token + position[hidden]], dim=1)
         return self.decoder(tokens, hidden.shape[1])  # B N D' -> B M E
@@ -415,20 +491,6 @@ class SIGMA(nn.Module):
             tubes.flatten(3).unbind(2), IMAGENET_MEAN, IMAGENET_STD)], dim=3)  # B M pqr 3
         pixels = standardise(pixels, dim=2).flatten(2)  # per tube and channel: B M P
         return pixels if self.target == "pixel" else self.projector(pixels)
-
-    def compare(self, predicted, embedded):
-        """Cosines of both branches' features (B, M, E) to the prototypes: two of (B*M, K).
-
-        The prototypes learn from the projection network's side alone: the video model's scores see
-        them detached, else both sides would drift together.
-        """
-        if self.training:  # made unit length in place, outside the graph, as published
-            self.prototypes.data.copy_(F.normalize(self.prototypes.data, dim=1))
-        prototypes = self.prototypes if self.training else F.normalize(self.prototypes, dim=1)
-        with torch.autocast(predicted.device.type, enabled=False):  # bf16 changes 1% of assignments
-            predicted, embedded = (F.normalize(at_least_fp32(x).flatten(0, 1), dim=1)
-                                   for x in (predicted, embedded))
-            return predicted @ prototypes.detach().T, embedded @ prototypes.T
 
 
 SIZES = {
@@ -490,6 +552,21 @@ def read_file(path):
         raise UserError(f"{path} holds no plain weights ({reason})") from error
 
 
+def plain_weights(content, path):
+    """The state dict in a file's content, without what training code wraps around it: keys such as
+    "teacher" or "state_dict", names that begin with "module." and the like. Raises UserError."""
+    for key in ("teacher", "state_dict", "model", "module"):
+        content = content[key] if isinstance(content.get(key), dict) else content
+    backbone = {n: w for n, w in content.items() if "backbone." in n}  # beside it there are heads
+    weights = {re.sub(r"^((module|model|backbone|teacher)\.)+|_orig_mod\.", "", name): w
+               for name, w in (backbone or content).items()}
+    if not weights or not all(isinstance(w, torch.Tensor) for w in weights.values()):
+        raise UserError(f"{path} holds no weights, or not weights alone")
+    if bad := [n for n, w in weights.items() if w.is_floating_point() and not w.isfinite().all()]:
+        raise UserError(f"{path} holds weights that are not finite: {', '.join(bad[:5])}")
+    return weights
+
+
 def read_checkpoint(path):
     """A checkpoint of this code, a file or a run's folder, as a dictionary: "model" has the weights
     by name, "sizes" the network's keyword arguments, "args" the run's flags. Raises UserError."""
@@ -518,7 +595,7 @@ def load_model(path):
 
 def load_encoder(path):
     """The Encoder of any checkpoint of this code. Some have no last norm, as fine-tuned ones, whose
-    classifier has another behind the mean. Raises UserError if weights don't fit."""
+    classifier has another after the mean. Raises UserError if weights don't fit."""
     content = read_checkpoint(path)
     sizes = {name: content["sizes"][name] for name in ("dim", "depth", "heads", "tube")}
     encoder = Encoder(**sizes)
@@ -534,22 +611,25 @@ def load_encoder(path):
 @torch.no_grad()
 def walk():
     """One clip through the method, step by step: what `python sigma.py` prints."""
+    def show(step, x):
+        print(f"{step:70}{tuple(x.shape)}", flush=True)
+
     torch.manual_seed(0)
     model, mask = build_model("small").eval(), tube_mask(1, (8, 14, 14))
     clip = F.interpolate(torch.randn(1, 3, 16, 14, 14), (16, 224, 224), mode="trilinear")  # smooth
+    show("  a clip, normalised RGB", clip)
     visible, hidden = split_mask(mask)
-    predicted, embedded = model.predict(clip, visible, hidden), model.embed(clip, hidden)
-    scores = model.compare(predicted, embedded)
-    soft = [sinkhorn(x) for x in scores]
-    loss, _ = symmetric_loss(*scores, *(x.argmax(dim=1) for x in soft))
-    for step, x in (("  a clip, normalised RGB", clip),
-                    ("1 90% of its 8 x 14 x 14 tubes are hidden, the same in each slice", hidden),
-                    ("2 the video model predicts features for them from the others", predicted),
-                    ("3 the projection network: features of their pixels", embedded),
-                    ("4 cosines of both to the prototypes", scores[0]),
-                    ("5 Sinkhorn: both assigned to prototypes, in equal shares", soft[0]),
-                    (f"6 each predicts the other's: the loss is {loss:.2f}", loss)):
-        print(f"{step:70}{tuple(x.shape)}")
+    show("1 90% of its 8 x 14 x 14 tubes are hidden, the same in each slice", hidden)
+    predicted = model.predict(clip, visible, hidden)
+    show("2 the video model predicts features for them from the others", predicted)
+    embedded = model.embed(clip, hidden)
+    show("3 the projection network: features of their pixels", embedded)
+    scores = compare(predicted, embedded, model.unit_prototypes())
+    show("4 cosines of both to the prototypes", scores[0])
+    shares = [sinkhorn(x) for x in scores]
+    show("5 Sinkhorn: both assigned to prototypes, in equal shares", shares[0])
+    loss, _ = symmetric_loss(*scores, *(x.argmax(dim=1) for x in shares))
+    show(f"6 each predicts the other's: the loss is {loss:.2f}", loss)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ import sigma
 import train
 from extras import evaluate
 from extras import run as running
+from extras import toy
 from sigma import Teacher, UserError, build_model, load_model, sinkhorn, split_mask, tube_mask
 
 HERE = Path(__file__).resolve().parent
@@ -122,7 +123,7 @@ class TestMethod:
             wanted = -sum((x / 0.1).log_softmax(dim=1)[range(96), other].mean()
                           for x, other in zip(scores, reversed(hard)))
         assert torch.allclose(loss, wanted, rtol=1e-6) and torch.allclose(loss, quiet)
-        for name, features in (("video_std", predicted), ("target_std", embedded)):
+        for name, features in (("video_std", predicted), ("projection_std", embedded)):
             assert torch.allclose(stats[name].double(), features.std(dim=0).mean())
         gradients = (torch.autograd.grad(x, list(model.parameters())) for x in (loss, wanted))
         assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(*gradients))
@@ -149,7 +150,8 @@ class TestMethod:
         large = {"encoder_visible": model.encoder(video, visible),
                  "predicted": model.predict(video, visible, hidden),
                  **{name: weight.grad for name, weight in weights.items()}}
-        found = {name: x.tolist() for name, x in {"loss": loss, **stats}.items()}
+        found = {name.replace("projection_", "target_"): x.tolist()  # as the file names it
+                 for name, x in {"loss": loss, **stats}.items()}
         for name, x in large.items():
             ramp = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view(x.shape)
             found[name] = [x.norm().item(), (x * ramp).sum().item()]
@@ -231,7 +233,7 @@ class TestMethod:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            spread.append(stats["target_std"])
+            spread.append(stats["projection_std"])
         assert low < spread[-1] / spread[0] < high
 
     def test_sinkhorn_uses_all_prototypes_equally(self):
@@ -556,12 +558,12 @@ class TestData:
 
     def test_the_toy_set_is_the_same_for_the_same_seed(self, here, tmp_path):
         path, label = data.find_videos("data/toy")[0][-1]
-        data.render((tmp_path / "again.mp4", label, int(Path(path).stem)))
+        toy.render((tmp_path / "again.mp4", label, int(Path(path).stem)))
         assert (tmp_path / "again.mp4").read_bytes() == Path(path).read_bytes()
 
     def test_no_single_frame_of_a_toy_clip_tells_its_class(self):
         labels, generator = torch.arange(3000) % 8, torch.Generator().manual_seed(0)
-        clips = torch.stack([data.toy_clip(label, generator) for label in labels.tolist()]).float()
+        clips = torch.stack([toy.toy_clip(label, generator) for label in labels.tolist()]).float()
         for t in (0, 7):
             pixels = F.avg_pool2d(clips[:, t].permute(0, 3, 1, 2), 4).flatten(1)
             scores = evaluate.linear_probe(pixels[:2000], labels[:2000], pixels[2000:])
@@ -607,7 +609,7 @@ def troubled(trouble, position, log_steps, save_seconds, *flags):
 def here(tmp_path_factory):
     folder = tmp_path_factory.mktemp("work")
     with contextlib.chdir(folder):
-        data.make_toy("data/toy", train=64, val=32)
+        toy.make_toy("data/toy", train=64, val=32)
         assert run(*RUN) == 0
     return folder
 
@@ -682,7 +684,7 @@ class TestTraining:
     def test_a_signal_to_all_processes_saves_and_ends(self, name, here):
         """Twice at once, as under Slurm, where torchrun passes on what each process gets anyway."""
         code, text = run_apart(name, "--workers", "2", trouble=name, at=640)
-        assert code == 0 and "same command goes on" in text
+        assert code == 0 and "to resume" in text
         assert saved(name)["clips_seen"] == 64 * log_of(name)[-1]["step"] > 0
 
     def test_a_later_second_signal_ends_a_waiting_run_with_its_workers(self, here):
@@ -759,14 +761,14 @@ class TestTraining:
         model = build_model("tiny")
         decay = {p: group["weight_decay"] for group in train.make_optimizer(model).param_groups
                  for p in group["params"]}
-        assert all(decay[p] == (0 if re.search("bias|norm", name) else 0.05)
+        assert all(decay[p] == (0 if re.search("bias|norm|mask_token", name) else 0.05)
                    for name, p in model.named_parameters())
 
     def test_collapsed_features_are_told_and_said_once(self, here, capsys, monkeypatch):
-        healthy = dict(target_term=7.1, video_term=7.4, entropy=7.8, target_entropy=7.8)
+        healthy = dict(projection_term=7.1, video_term=7.4, video_entropy=7.8, projection_entropy=7.8)
         assert not running.collapsed(healthy, 2981, 50_000)
-        assert not running.collapsed(healthy | dict(entropy=6), 2981, 1000)  # few tubes
-        for change in (dict(target_entropy=4.5), dict(video_term=8.01), dict(target_term=0.1)):
+        assert not running.collapsed(healthy | dict(video_entropy=6), 2981, 1000)  # few tubes
+        for change in (dict(projection_entropy=4.5), dict(video_term=8.01), dict(projection_term=0.1)):
             assert running.collapsed(healthy | change, 2981, 50_000)
         monkeypatch.setattr(running, "LOG_STEPS", 1)
         monkeypatch.setattr(running, "collapsed", lambda *_: True)
@@ -836,7 +838,7 @@ class TestTraining:
         loss, wanted = model(VIDEO, MASK)
         loss.backward()
         assert torch.allclose(sum(losses) / 2, loss, rtol=1e-12)
-        for name in ("video_assignment", "target_assignment"):
+        for name in ("video_assignment", "projection_assignment"):
             assert torch.equal(torch.cat([half[name] for half in stats]), wanted[name])
         for p, *parts in zip(model.parameters(), *gradients):
             assert all(torch.allclose(part, p.grad, rtol=1e-9, atol=1e-14) for part in parts)

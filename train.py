@@ -5,12 +5,11 @@
     python train.py --data videos/ --model small --epochs 100          your own videos
 
 A run writes last.pt, log.jsonl and results.json to its folder, --out. SIGTERM, SIGHUP, SIGUSR1 and
-Ctrl-C save and stop it, another one three seconds later ends it at once; the same command goes on
-where it stopped. The loop is `fit`; what keeps a run alive is in extras/run.py, probe and k-NN are
-in extras/evaluate.py.
+Ctrl-C save and stop it, a second signal after 3 s ends it at once; run the same command again to
+resume. The loop is `fit`; what keeps a run alive is in extras/run.py, probe and k-NN are in
+extras/evaluate.py.
 """
 import argparse
-import json
 import math
 import os
 import shlex
@@ -24,19 +23,20 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from data import (Clips, centre_crop, centre_frames, corner_crop, find_videos, make_toy, normalise,
-                  seeded)
-from extras.evaluate import PROTOCOL, evaluate, held_out
-from extras.run import (AMP, DEVICE, RANK, WORLD, Run, autocast, launch, log, one_first,
-                        saved_run, set_up)
+from data import (Clips, centre_crop, centre_frames, corner_crop, find_videos, normalise, seeded,
+                  told)
+from extras.evaluate import PROTOCOL, evaluate, held_out, share_of
+from extras.run import (AMP, DEVICE, RANK, WORLD, Run, autocast, draft_of, fingerprint, launch, log,
+                        one_first, saved_run, set_up, write_json)
+from extras.toy import make_toy
 from sigma import (BASELINES, DINO_WIDTHS, SIGMA, SIZES, TARGETS, Teacher, UserError, fill,
-                   read_checkpoint, read_file, sizes_for, tube_mask)
+                   plain_weights, read_checkpoint, read_file, sizes_for, tube_mask)
 
 # --- Recipes and flags ----------------------------------------------------------------------------
 
-RECIPE = dict(frames=16, stride=4, size=224, ratio=0.9, epochs=800, warmup=40, lr=1.5e-4,
-              final_lr=1e-5, eps=0.05, gpu_batch=40, global_batch=None,
-              workers=min(8, os.cpu_count()))
+DEFAULTS = dict(frames=16, stride=4, size=224, ratio=0.9, epochs=800, least_steps=0, warmup=40,
+                lr=1.5e-4, final_lr=1e-5, eps=0.05, gpu_batch=40, global_batch=None,
+                workers=min(8, os.cpu_count()))
 K400 = dict(global_batch=16 * 40)  # GPUs x clips on each, as published
 RECIPES = {  # what a data set changes; ucf101 and hmdb51: the paper does not pretrain on them
     "k400": K400, "ucf101": K400, "hmdb51": K400,
@@ -44,8 +44,8 @@ RECIPES = {  # what a data set changes; ucf101 and hmdb51: the paper does not pr
     "ssv2 small": dict(stride=2, epochs=2400, gpu_batch=16, global_batch=8 * 16),
     "toy": dict(frames=8, stride=1, size=32, ratio=0.75, epochs=16, warmup=1, lr=6e-3, eps=0.03,
                 gpu_batch=64, global_batch=64, workers=0),
-    "tiny": dict(tube=(4, 16, 16), size=64, ratio=0.75, epochs=60, warmup=7, lr=3e-3, gpu_batch=32,
-                 global_batch=32),  # that model on any data but toy
+    "tiny": dict(tube=(4, 16, 16), size=64, ratio=0.75, epochs=60, least_steps=1600, warmup=7,
+                 lr=3e-3, gpu_batch=32, global_batch=32),  # that model on any data but toy
 }
 EVAL_CLIPS = 10_000  # of each split, for probe and k-NN
 DINO = {  # target: (address of its weights, how their SHA-256 begins; not known for ViT-S)
@@ -55,11 +55,11 @@ DINO = {  # target: (address of its weights, how their SHA-256 begins; not known
                "dino_deitsmall16_pretrain.pth", "")}
 
 
-def recipe(data, model):
-    """The settings for a model on a data set."""
-    own = "tiny" if model == "tiny" and data != "toy" else data
+def settings_for(data, model):
+    """The recipe for a model on a data set."""
+    key = "tiny" if model == "tiny" and data != "toy" else data
     tube = sizes_for(model)["tube"] if model in SIZES else None
-    return {"tube": tube} | RECIPE | RECIPES.get(f"{own} {model}", RECIPES.get(own, {}))
+    return {"tube": tube} | DEFAULTS | RECIPES.get(f"{key} {model}", RECIPES.get(key, {}))
 
 
 def locate(data, root=None):
@@ -84,13 +84,16 @@ FLAGS = {  # the scripts in extras/ take theirs from here
     "val": dict(help="labelled videos to test on (default: val or test of --data)"),
     "model": dict(choices=SIZES, help="default: tiny for toy, else base; finetune: of --init"),
     "target": dict(choices=TARGETS, default="mlp", help="mlp: SIGMA-MLP (default); dino, dino-s: "
-                   "SIGMA-DINO with ViT-B or ViT-S; pixel: VideoMAE; l2: mlp without Sinkhorn, "
-                   "which collapses"),
-    "teacher": dict(metavar="FILE", help="DINO's weights (default: downloaded once)"),
+                   "SIGMA-DINO with ViT-B or ViT-S; pixel: VideoMAE; l2: without prototypes and "
+                   "Sinkhorn, which collapses"),
+    "teacher": dict(metavar="FILE", help="weights of DINO, DINOv2 or another plain ViT (default: "
+                    "DINO's, downloaded once)"),
     "init": dict(metavar="FILE", help="checkpoint, or folder of a run, whose weights are taken"),
     "out": dict(help="folder to write to (default: below out/)"),
-    "epochs": dict(type=at_least(1), help="passes over the data; the schedule stretches with them"),
-    "batch-size": dict(type=at_least(1), help="clips at a time in a process: as memory allows"),
+    "epochs": dict(type=at_least(1), help="passes over the data; the schedule stretches with them; "
+                   "without it a small set gets more for tiny, see RECIPES"),
+    "batch-size": dict(type=at_least(1), help="clips per process and forward pass, as memory "
+                       "allows"),
     "accum": dict(type=at_least(1), help="batches per step (default: as many as make the recipe's "
                   "global batch); Sinkhorn still balances each batch alone"),
     "repeat": dict(type=at_least(1), default=1, help="clips from each decoding: loads faster"),
@@ -122,25 +125,30 @@ def parser_with(description, *names):
     return parser
 
 
-def check(parser, args, tube):
-    """Ends with a usage error if flags can't be used together."""
-    if any(side % step for side, step in zip((args.frames, args.size, args.size), tube)):
-        parser.error(f"--frames and --size must be multiples of the model's tubes, {tube}")
-    if args.batch_size and args.batch_size % args.repeat:
-        parser.error("--batch-size must be divisible by --repeat")
+def check_clip(frames, size, tube):
+    """Raises UserError if clips can't be cut into tubes."""
+    if any(side % step for side, step in zip((frames, size, size), tube)):
+        raise UserError("--frames and --size must be multiples of the model's tubes, "
+                        f"{tuple(tube)}: {frames} and {size} are not")
 
 
-def parse(argv, clips_class=Clips):
-    """The flags, with the recipe of --data and --model as defaults."""
+def parse(argv, *ideas):
+    """The flags, with the recipe of --data and --model as defaults. ideas: what main was given in
+    place of its own classes; they name the run."""
     parser = parser_with(__doc__, *FLAGS)
     known, _ = parser.parse_known_args(argv)
     model = known.model or ("tiny" if known.data == "toy" else "base")
-    name = f"{Path(known.data).resolve().stem}-{model}-{known.target}"
-    name += "" if clips_class is Clips else f"-{clips_class.__name__}"
-    parser.set_defaults(model=model, out=f"out/{name}", clips=clips_class.__name__,
-                        prototypes=sizes_for(model)["prototypes"], **recipe(known.data, model))
+    names = [getattr(idea, "__name__", type(idea).__name__).strip("<>")  # of a lambda
+             for idea in ideas if idea not in (Clips, SIGMA, None)]
+    name = "-".join([Path(known.data).resolve().stem, model, known.target, *names])
+    parser.set_defaults(model=model, out=f"out/{name}", ideas=names,
+                        prototypes=sizes_for(model)["prototypes"],
+                        **settings_for(known.data, model)
+                        | ({"least_steps": 0} if known.epochs else {}))
     args = parser.parse_args(argv)
-    check(parser, args, args.tube)
+    check_clip(args.frames, args.size, args.tube)
+    if args.batch_size and args.batch_size % args.repeat:
+        parser.error("--batch-size must be divisible by --repeat")
     places = (args.size // args.tube[1]) ** 2  # of a slice
     if not 0 < int(args.ratio * places) < places:
         parser.error(f"--ratio {args.ratio:g} hides all tubes of --size {args.size}, or none")
@@ -154,13 +162,10 @@ def parse(argv, clips_class=Clips):
 def make_teacher(args, tube):
     """The frozen Teacher of a DINO target, from --teacher or downloaded into torch's cache."""
     if args.teacher:
-        weights = read_file(args.teacher)
-        if not {"pos_embed", "cls_token", "patch_embed.proj.weight"} <= weights.keys():
-            raise UserError(f"{args.teacher} does not hold the weights of a DINO ViT")
-        return Teacher(weights, tube)
+        return Teacher(plain_weights(read_file(args.teacher), args.teacher), tube)
     url, sha = DINO[args.target]
     name = Path(url).stem + (f"-{sha}.pth" if sha else ".pth")  # torch checks such a hash
-    before = socket.getdefaulttimeout()
+    timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # torch.hub has no limit of its own
     try:
         weights = one_first(lambda: torch.hub.load_state_dict_from_url(
@@ -169,7 +174,7 @@ def make_teacher(args, tube):
         raise UserError(f"DINO's weights can't be downloaded ({error}): get {url} elsewhere and "
                         "give the file with --teacher") from error
     finally:
-        socket.setdefaulttimeout(before)
+        socket.setdefaulttimeout(timeout)
     return Teacher(weights, tube)
 
 
@@ -183,9 +188,11 @@ def set_blocks(blocks, recompute, compiled=False):
 
 
 def make_optimizer(model):
-    """AdamW, without weight decay on biases, norms and other vectors."""
-    groups = [dict(params=[p for p in model.parameters() if (p.ndim > 1) == matrices],
-                   weight_decay=0.05 if matrices else 0.0) for matrices in (True, False)]
+    """AdamW, without weight decay on biases, norms, other vectors, and the mask token."""
+    weights = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decay = [p for name, p in weights if p.ndim > 1 and name != "mask_token"]
+    no_decay = [p for name, p in weights if p.ndim <= 1 or name == "mask_token"]
+    groups = [dict(params=decay, weight_decay=0.05), dict(params=no_decay, weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
 
 
@@ -197,38 +204,39 @@ def learning_rate(step, steps, warmup, peak, final):
 
 
 def split_batch(args, world, videos):
-    """(clips at a time in each process, batches accumulated) that make the recipe's global batch,
-    640 = 8 processes x 40 x 2; or, of a small set, all its clips. Given flags are kept."""
-    most = args.batch_size or args.gpu_batch
-    wanted = args.global_batch or most * world * (args.accum or 1)
-    share = max(1, min(wanted, videos) // world)  # of each process
+    """(clips per process and forward pass, batches accumulated) that make the recipe's global
+    batch, 640 = 8 processes x 40 x 2; or, of a small set, all its clips. Flags override this."""
+    fits = args.batch_size or args.gpu_batch
+    global_batch = args.global_batch or fits * world * (args.accum or 1)
+    per_process = max(1, min(global_batch, videos) // world)
     if args.batch_size:
-        return args.batch_size, args.accum or max(1, round(share / args.batch_size))
-    accum = args.accum or math.ceil(share / most)
-    return max(1, min(most, share // accum) // args.repeat) * args.repeat, accum
+        return args.batch_size, args.accum or max(1, round(per_process / args.batch_size))
+    accum = args.accum or math.ceil(per_process / fits)
+    return max(1, min(fits, per_process // accum) // args.repeat) * args.repeat, accum
 
 
 # --- The loop -------------------------------------------------------------------------------------
 
-def fit(args, model, optimizer, clips, loss_of, *, sizes, before=None, probe=None):
+def fit(args, model, optimizer, clips, loss_of, *, facts, saved=None, probe=None):
     """Trains to the last step, --max-steps or a signal; True if all steps are done.
 
     loss_of(network, batch): the loss of a Batch and detached scalars to log; network is the model,
-    in DDP if there are several processes. sizes: the model's, for its checkpoints. before: what
-    saved_run returned. probe(title): figures for the log, every --eval-every epochs.
+    in DDP if there are several processes. facts: what else checkpoints hold: "sizes", the model's.
+    saved: what saved_run returned. probe(title): figures for the log, every --eval-every epochs.
     """
     batch, accum = split_batch(args, WORLD, len(clips))
     per_step = batch * accum * WORLD  # clips
-    steps = max(1, args.epochs * len(clips) // per_step)
-    warmup = int(min(args.warmup, args.epochs / 8) * len(clips) / per_step)
+    epochs = max(args.epochs, math.ceil(args.least_steps * per_step / len(clips)))
+    steps = max(1, epochs * len(clips) // per_step)
+    warmup = int(min(args.warmup * epochs / args.epochs, epochs / 8) * len(clips) / per_step)
     peak, final = args.lr * per_step / 256, args.final_lr * per_step / 256
-    log(f"clips     {args.frames} frames, {args.stride} apart, {args.size} x {args.size}; "
-        f"{WORLD} processes x {batch} at a time x {accum} accumulated = {per_step} per step\n"
-        f"schedule  {args.epochs} epochs = {steps:,} steps, {warmup:,} of them warmup; learning "
+    log(f"clips     {args.frames} frames, {args.stride} apart, {args.size} x {args.size}; {WORLD} "
+        f"processes x {batch} per forward pass x {accum} accumulated = {per_step} per step\n"
+        f"schedule  {epochs} epochs = {steps:,} steps, {warmup:,} of them warmup; learning "
         f"rate {args.lr:g} x {per_step} / 256 = {peak:.3g}")
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.amp == "fp16")
     run = Run(args, model, optimizer, scaler, clips, batch=batch, per_step=per_step, steps=steps,
-              settled=warmup, sizes=sizes, before=before, probe=probe)
+              collapse_from=warmup, facts=facts, saved=saved, probe=probe)
     network = DistributedDataParallel(model) if torch.distributed.is_initialized() else model
     for step in run.steps():  # between them run logs, saves, and minds signals
         rate = learning_rate(step, steps, warmup, peak, final)
@@ -236,7 +244,7 @@ def fit(args, model, optimizer, clips, loss_of, *, sizes, before=None, probe=Non
             group["lr"] = rate * group.get("scale", 1)
         totals = {}
         for part, samples in run.batches(accum):
-            # What is random in a step follows from its number: a run goes on exactly.
+            # What is random in a step follows from its number: runs resume exactly.
             torch.manual_seed(seeded(args.seed, step, part, RANK).initial_seed())
             network.require_backward_grad_sync = part == accum  # DDP's; until then they add up
             loss, stats = loss_of(network, samples)
@@ -254,33 +262,38 @@ def fit(args, model, optimizer, clips, loss_of, *, sizes, before=None, probe=Non
 
 # --- Pretraining ----------------------------------------------------------------------------------
 
-def prepare_model(args, before):
-    """The model on its device, its sizes, and the teacher of a DINO target or None."""
-    teacher, sizes = None, sizes_for(args.model, args.target, tube=args.tube, eps=args.eps,
-                                     prototypes=args.prototypes)
+def prepare_model(args, saved, model_class=SIGMA, teacher_of=None):
+    """The model on its device, the teacher of a DINO target or None, and what checkpoints say of
+    them. Raises UserError if the saved run had another teacher."""
+    teacher, facts = None, {"sizes": sizes_for(
+        args.model, args.target, tube=args.tube, eps=args.eps, prototypes=args.prototypes)}
     if args.target in DINO_WIDTHS:
-        teacher = make_teacher(args, sizes["tube"]).to(DEVICE)
-        sizes["target_dim"] = teacher.dim
+        teacher = (teacher_of or make_teacher)(args, args.tube).to(DEVICE)
+        facts["sizes"]["target_dim"] = teacher.dim
+        facts["teacher"] = fingerprint(teacher)
+        if saved and saved.get("teacher", facts["teacher"]) != facts["teacher"]:
+            raise UserError(f"the run in {args.out} has another teacher than the one you give: its "
+                            "weights differ; resume it with its own, or choose another --out")
     torch.manual_seed(args.seed)
-    model = SIGMA(**sizes).to(DEVICE)
-    if args.init and not before:
+    model = model_class(**facts["sizes"]).to(DEVICE)
+    if args.init and not saved:
         fill(model, read_checkpoint(args.init)["model"], args.init)
     set_blocks([*model.encoder.blocks, *model.decoder.blocks], args.model in ("large", "huge"),
                args.compile)
     log(f"model     {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"target {args.target}, on {DEVICE}, autocast {args.amp}")
-    return model, sizes, teacher
+    return model, teacher, facts
 
 
-def prepare_clips(args, tube, clips_class):
+def prepare_clips(args, clips_class):
     """Clips to train on; and for probe and k-NN, if there are labels, some of these videos and
-    held-out ones to test on, else None. Tells what was found."""
+    held-out ones to test on, else None. Tells what was found, and what of it was skipped."""
     root, toy = locate(args.data, args.root), args.data == "toy"
     if toy:
         one_first(lambda: make_toy(root))
     videos, classes, skipped = find_videos(root)
-    tests = held_out(videos, classes, root, args.val)
-    options = dict(frames=args.frames, stride=args.stride, size=args.size, tube=tube,
+    tests, lacking = held_out(videos, classes, root, args.val)
+    options = dict(frames=args.frames, stride=args.stride, size=args.size, tube=args.tube,
                    seed=args.seed, cache={} if toy else None)
     clips = clips_class(videos, **options, ratio=args.ratio, repeat=args.repeat,
                         crop=centre_crop if toy else corner_crop)
@@ -293,34 +306,36 @@ def prepare_clips(args, tube, clips_class):
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
         (out / "results.json").unlink(missing_ok=True)  # of a run that was here before
-        lines = os.fsencode("\n".join([*skipped, ""]))  # names need not be UTF-8
-        (out / "skipped.txt").write_bytes(lines)
+        with draft_of(out / "skipped.txt") as draft:  # names need not be UTF-8
+            draft.write_bytes(os.fsencode("\n".join([*skipped, *lacking, ""])))
     twice = len(videos) - len({path for path, _ in videos})
-    log(f"data      {len(videos):,} videos{f', {twice:,} of them named before' if twice else ''}; "
-        f"{len(skipped):,} files or lines skipped"
-        + (f", first {skipped[0]}; all are in {args.out}/skipped.txt" if skipped else ""))
-    return clips, sets or None
+    log(f"data      {len(videos):,} videos{f', {twice:,} of them named before' if twice else ''}"
+        f"{told(skipped)}\ntests     {len(tests):,} videos{told(lacking)}\n"
+        f"          what was skipped is in {args.out}/skipped.txt")
+    return clips, sets or None, len(tests) + len(lacking)
 
 
-def main(argv=None, clips_class=Clips):
-    """Pretraining, from the flags to the results. clips_class: extras/motion.py has another."""
-    args = parse(argv, clips_class)
+def main(argv=None, clips_class=Clips, model_class=SIGMA, teacher_of=None):
+    """Pretraining, from the flags to the results. For ideas of your own (extras/ideas.md):
+    clips_class: other masks; model_class: other networks, targets, assignments; teacher_of(args,
+    tube): any frozen module that has `dim` and gives tokens (B, N, dim) of a normalised video."""
+    args = parse(argv, clips_class, model_class, teacher_of)
     set_up()
-    out, toy = Path(args.out), args.data == "toy"
-    before, finished = saved_run(args), out / "results.json"
-    if before and finished.exists():
-        return log(f"{finished.read_text()}{out} is complete; to start anew choose another --out, "
-                   "or remove it")
-    model, sizes, teacher = prepare_model(args, before)
-    clips, sets = prepare_clips(args, sizes["tube"], clips_class)
+    out, finished = Path(args.out), Path(args.out, "results.json")
+    saved = saved_run(args)
+    if saved and finished.exists():
+        return log(f"{finished.read_text(encoding='utf-8')}{out} is complete; to start anew choose "
+                   "another --out, or remove it")
+    model, teacher, facts = prepare_model(args, saved, model_class, teacher_of)
+    clips, sets, named = prepare_clips(args, clips_class)
     if args.target not in BASELINES:
         tubes = tube_mask(1, clips.grid, args.ratio).sum() * WORLD * split_batch(
             args, WORLD, len(clips))[0]
-        log(f"Sinkhorn  {tubes:,} hidden tubes at a time share {args.prototypes:,} prototypes; if "
-            "fewer than three for each, raise --batch-size (--accum does not help)")
+        log(f"Sinkhorn  {tubes:,} hidden tubes per forward pass share {args.prototypes:,} "
+            "prototypes; if fewer than three for each, raise --batch-size (not --accum)")
 
     def probe(title, encoder=model.encoder):
-        return evaluate(encoder, sets, args.amp, args.workers, title)
+        return evaluate(encoder, sets, args.amp, args.workers, title, named)
 
     def loss_of(network, samples):
         video = normalise(samples.video, DEVICE)
@@ -328,18 +343,18 @@ def main(argv=None, clips_class=Clips):
             loss, stats = network(video, samples.mask, teacher(video) if teacher else None)
         return loss, {name: x for name, x in stats.items() if not name.endswith("_assignment")}
 
-    if not fit(args, model, make_optimizer(model), clips, loss_of, sizes=sizes, before=before,
+    if not fit(args, model, make_optimizer(model), clips, loss_of, facts=facts, saved=saved,
                probe=probe if sets else None):
         return
     results = dict(checkpoint=f"{out}/last.pt", protocol=PROTOCOL if sets else "no probe: it takes "
-                   "labels, and labelled videos in val or test of --data, or --val")
-    if toy:
+                   "labels, and labelled videos in val or test of --data, or --val",
+                   tests=share_of(len(sets[1]), named) if sets else "none")
+    if args.data == "toy":
         torch.manual_seed(args.seed)
-        results["untrained"] = probe("untrained", SIGMA(**sizes).encoder.to(DEVICE))
+        results["untrained"] = probe("untrained", model_class(**facts["sizes"]).encoder.to(DEVICE))
     if sets:
         results["trained"] = probe("trained")
-    if RANK == 0:
-        finished.write_text(json.dumps(results, indent=2) + "\n")
+    write_json(finished, results)
     source = shlex.join(word for name in ("data", "root", "val") if vars(args)[name]
                         for word in (f"--{name}", vars(args)[name]))
     log(f"{results['protocol']}\nwrote {out}/last.pt, log.jsonl and results.json; next:\n"

@@ -32,12 +32,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
 import train
-from data import Clips, find_videos, make_toy, normalise
+from data import Clips, find_videos, normalise
 from extras import run
 from extras.run import AMP, BF16, DEVICE, GPU, RunError, autocast, launch, set_up
+from extras.toy import make_toy
 from sigma import (DINO_WIDTHS, SIGMA, Encoder, Teacher, UserError, sinkhorn, sizes_for,
                    symmetric_loss, tube_mask)
-from train import locate, make_optimizer, parser_with, recipe, set_blocks
+from train import locate, make_optimizer, parser_with, set_blocks, settings_for
 
 VIDEOS = {"k400": 241_000, "ssv2": 168_913, "ucf101": 9_537, "hmdb51": 3_570, "toy": 8_192}
 SIDE = 8192 if GPU else 4096  # of the matrix product that steps are compared with
@@ -64,7 +65,7 @@ def measure(args, name, batch):
     """Figures of a training step on random clips, by name: clips a second, FLOP of a clip, FLOP/s
     of a matrix product and the step's share of them, peak memory in GiB; and how much of its time
     teacher, Sinkhorn and loss (forward and backward) take, both with both branches' scores."""
-    own, sizes = recipe(args.data, name), sizes_for(name, args.target)
+    own, sizes = settings_for(args.data, name), sizes_for(name, args.target)
     frames, size, (p, q, r) = own["frames"], own["size"], sizes["tube"]
     video = torch.randint(256, (batch, 3, frames, size, size), dtype=torch.uint8)
     video = video.pin_memory() if GPU else video
@@ -128,7 +129,7 @@ def bench(args):
     """Prints the speeds, and how long the recipe of --data takes."""
     set_up()
     name = args.model or ("tiny" if args.data == "toy" else "base")
-    own, tube = recipe(args.data, name), sizes_for(name, args.target)["tube"]
+    own, tube = settings_for(args.data, name), sizes_for(name, args.target)["tube"]
     batch, frames, size = args.batch_size or own["gpu_batch"], own["frames"], own["size"]
     print(f"{machine()}; {name}, {args.target}, {batch} clips of {frames} x {size} x {size}, "
           f"autocast {args.amp}")

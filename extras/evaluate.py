@@ -4,8 +4,9 @@ import math
 import torch
 import torch.nn.functional as F
 
-from data import check_labels, find_videos, normalise, progress
-from extras.run import DEVICE, GPU, RANK, WORLD, autocast, gather, loader, log
+from data import SPLITS, check_labels, find_videos, normalise, progress
+from extras.run import (DEVICE, GPU, RANK, WORLD, RunError, autocast, gather, gather_dict, loader,
+                        log)
 from sigma import UserError
 
 PROTOCOL = ("top-1, frozen encoder, mean over tokens, one centre clip per video; probe: ridge "
@@ -13,20 +14,21 @@ PROTOCOL = ("top-1, frozen encoder, mean over tokens, one centre clip per video;
 
 
 def held_out(videos, classes, root, val=None, required=False):
-    """Labelled videos to test on, of val, or else of the folder root: none if there are none, or
-    the training videos have no labels. required: raises UserError if there are none, or if a
-    training or test video lacks its label."""
-    tests, several = [], any(isinstance(label, tuple) for _, label in videos)
+    """Labelled videos to test on, of val, or else of the folder root, and what was skipped there,
+    each with the reason: nothing if there is none, or the training videos have no labels. required:
+    raises UserError if there are none, or if a training or test video lacks its label."""
+    tests, lacking, several = [], [], any(isinstance(label, tuple) for _, label in videos)
     if required or any(label not in (-1, ()) for _, label in videos):
-        splits = ("val", "test", "") if val else ("val", "test")
-        tests = find_videos(val or root, splits, classes, several)[0]
+        splits = (*SPLITS["val"], "") if val else SPLITS["val"]
+        tests, _, lacking = find_videos(val or root, splits, classes, several)
         check_labels(videos + tests, val or root)
-    lacking = [all(label == () for _, label in part) or any(label == -1 for _, label in part)
-               for part in (videos, tests)]  # of several labels one video may have none
-    if required and any(lacking):
+    unlabelled = [all(label == () for _, label in part) or any(label == -1 for _, label in part)
+                  for part in (videos, tests)]  # of several labels one video may have none
+    if required and any(unlabelled):
         raise UserError("give labelled videos to train and to test on, as class folders or lines "
                         "`path label`: train and val in --data, or --data and --val")
-    return [video for video in tests if video[1] != -1]
+    lacking += [f"{path}: it has no label" for path, label in tests if label == -1]
+    return [video for video in tests if video[1] != -1], lacking
 
 
 @torch.no_grad()
@@ -35,21 +37,33 @@ def collect(forward, clips, amp="off", workers=0):
     work.
 
     forward: normalised clips (B, 3, T, S, S) -> (B, ...), averaged over the clips of a video. A
-    video that can't be read is named, and its label is -1, which no prediction equals. Raises
-    UserError if none can be read.
+    video that can't be read is named, and its label is -1, which no prediction equals. What is not
+    finite in lower precision is computed again in float32. Raises UserError if none can be read,
+    RunError if an output is not finite.
     """
+    def finite(samples):
+        for precision in dict.fromkeys((amp, "off")):
+            with autocast(precision):
+                output = forward(normalise(samples.video, DEVICE)).float()
+            if output.isfinite().all():
+                break
+            log(f"not finite with --amp {precision}: {clips.videos[samples.index[0]][0]} and the "
+                f"{len(samples.index) - 1} after it" + (", now in float32" * (precision != "off")))
+        else:
+            raise RunError("the network's outputs are not finite: its weights are damaged, or its "
+                           "activations are beyond float32's range")
+        return output
+
     batch = max(1, 64 // clips.repeat) if GPU or clips.size < 64 else 1
     keys = [(0, i) for i in range(RANK, len(clips), WORLD)]
     found, unreadable = [], {}
     bar = progress(loader(clips, batch, keys, workers), "evaluating", math.ceil(len(keys) / batch),
                    leave=False, disable=RANK > 0, unit="batch")
     for samples in bar:
-        with autocast(amp):
-            output = forward(normalise(samples.video, DEVICE)).float()
-        output = output.unflatten(0, (len(samples.labels), -1)).mean(dim=1)
+        output = finite(samples).unflatten(0, (len(samples.labels), -1)).mean(dim=1)
         found.append((samples.index, samples.labels, output.cpu()))
         unreadable |= samples.bad
-    unreadable = {path: reason for part in gather(unreadable) for path, reason in part.items()}
+    unreadable = gather_dict(unreadable)
     for path, reason in unreadable.items():
         log(f"unreadable video {path}: {reason}")
     if len(unreadable) == len({path for path, _ in clips.videos}):
@@ -96,11 +110,19 @@ def nearest_neighbours(train, labels, test, k=20, temperature=0.07):
     return votes
 
 
-def evaluate(encoder, sets, amp, workers, title):
-    """Accuracy of probe and k-NN; sets: labelled training clips, and held-out ones to test on."""
+def share_of(tests, named):
+    """What stands after an accuracy: of how many videos it is, and how many were named."""
+    return f"of {tests:,} videos, {max(tests, named):,} named"
+
+
+def evaluate(encoder, sets, amp, workers, title, named=0):
+    """Accuracy of probe and k-NN; sets: labelled training clips, and held-out ones to test on.
+    named: how many videos to test on were named, some may be missing."""
     (train, labels), (test, truth) = (
         collect(lambda video: encoder(video).mean(dim=1), clips, amp, workers) for clips in sets)
     probe = accuracy(linear_probe(train, labels, test), truth)
     knn = accuracy(nearest_neighbours(train, labels, test), truth)
-    log(f"{title:10}linear probe {probe:.1%}, k-NN {knn:.1%}")
+    unreadable = int((truth < 0).sum())
+    log(f"{title:10}linear probe {probe:.1%}, k-NN {knn:.1%} {share_of(len(truth), named)}"
+        + (f"; {unreadable:,} can't be read" if unreadable else ""))
     return {"linear_probe": probe, "knn": knn}

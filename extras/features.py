@@ -30,7 +30,7 @@ from extras.evaluate import accuracy, collect, held_out, nearest_neighbours
 from extras.run import (DEVICE, RANK, WORLD, autocast, claim, gather, launch, log, progress,
                         save_atomically, set_up, start_worker)
 from sigma import UserError, load_encoder, read_checkpoint
-from train import FLAGS, RECIPE, at_least, locate, parser_with
+from train import FLAGS, DEFAULTS, at_least, locate, parser_with
 
 SPLITS = {"train": ("train", ""), "val": ("val", "test")}
 
@@ -201,7 +201,7 @@ def main(argv=None):
     set_up()
     encoder, content = load_encoder(args.init).to(DEVICE).eval(), read_checkpoint(args.init)
     # Clips are like those that it was trained on, unless flags differ.
-    clip = RECIPE | content["args"] | {name: flag for name, flag in vars(args).items() if flag}
+    clip = DEFAULTS | content["args"] | {name: flag for name, flag in vars(args).items() if flag}
     frames, stride, size = args.window or clip["frames"], clip["stride"], clip["size"]
     if any(side % step for side, step in zip((frames, size, size), encoder.tube)):
         raise UserError(f"frames and --size must be multiples of the tube, {encoder.tube}")
@@ -231,7 +231,7 @@ def main(argv=None):
         with claim(out) if RANK == 0 else contextlib.nullcontext():  # locks it against others
             return write_windows(forward, [p for p, _ in videos], out, settings, args.workers)
     if args.knn:
-        tests = held_out(videos, classes, root, args.val, required=True)
+        tests, _ = held_out(videos, classes, root, args.val, required=True)
         (train, labels), (test, truth) = features_of(videos), features_of(tests)
         results = dict(knn=accuracy(nearest_neighbours(train, labels, test), truth),
                        videos=len(truth), unreadable=int((truth < 0).sum()), args=vars(args),

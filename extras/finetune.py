@@ -27,11 +27,13 @@ from torchvision.ops import stochastic_depth
 from torchvision.transforms import RandomResizedCrop, v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
-from data import Clips, centre_crop, find_videos, make_toy, normalise, seeded
+from data import Clips, centre_crop, find_videos, normalise, seeded, told
 from extras.evaluate import accuracy, collect, held_out, mean_average_precision
-from extras.run import DEVICE, RANK, autocast, launch, log, one_first, saved_run, set_up
+from extras.run import (DEVICE, autocast, launch, log, one_first, saved_run, set_up, write_json)
+from extras.toy import make_toy
 from sigma import IMAGENET_MEAN, IMAGENET_STD, SIZES, build_model, load_encoder, read_checkpoint
-from train import at_least, check, fit, locate, parser_with, recipe, set_blocks
+from train import (at_least, check_clip, fit, locate, parser_with, set_blocks,
+                   settings_for)
 
 # What changes in the recipe of pretraining: for all, then by data set, then for probes.
 RECIPE = dict(epochs=100, lr=1e-3, final_lr=1e-6, warmup=5, gpu_batch=16, global_batch=None,
@@ -175,17 +177,19 @@ def parse(argv):
     torch.manual_seed(known.seed)
     size = known.model or ("tiny" if known.data == "toy" else "base")
     encoder = (load_encoder(known.init) if known.init else
-               build_model(size, tube=recipe(known.data, size)["tube"]).encoder)
+               build_model(size, tube=settings_for(known.data, size)["tube"]).encoder)
     trained = read_checkpoint(known.init).get("args", {}) if known.init else {}
     model = {row["dim"]: name for name, row in SIZES.items()}.get(encoder.dim, "other")
     own, task = "toy" if model == "tiny" else known.data, "probe" if known.freeze else "finetune"
     clip = {name: trained[name] for name in ("frames", "stride", "size") if trained.get(name)}
-    parser.set_defaults(**recipe(known.data, model) | RECIPE | RECIPES.get(own, {}) | clip)
+    parser.set_defaults(**settings_for(known.data, model) | RECIPE | RECIPES.get(own, {}) | clip)
     parser.set_defaults(**PROBES.get(own, dict(epochs=30)) if known.freeze else {}, model=model,
-                        eval_every=0, keep_every=0,
+                        least_steps=0, eval_every=0, keep_every=0,
                         out=f"out/{Path(known.data).resolve().stem}-{task}")
     args = parser.parse_args(argv)
-    check(parser, args, encoder.tube)
+    check_clip(args.frames, args.size, encoder.tube)
+    if args.batch_size and args.batch_size % args.repeat:
+        parser.error("--batch-size must be divisible by --repeat")
     if args.model != model:
         parser.error(f"--init holds a {model} encoder: leave out --model")
     return args, encoder
@@ -214,9 +218,9 @@ def find_labelled(args, root):
     """Videos to train and to test on, the number of classes, and None; or, with --multi-label, a
     table (videos, classes) of 0 and 1, and the label of a video is its row in it."""
     videos, names, skipped = find_videos(root, several=args.multi_label)
-    tests = held_out(videos, names, root, args.val, required=True)
-    log(f"data      {len(videos):,} videos to train on, {len(tests):,} to test on; skipped "
-        f"{len(skipped):,} files or lines{f', first {skipped[0]}' if skipped else ''}")
+    tests, lacking = held_out(videos, names, root, args.val, required=True)
+    log(f"data      {len(videos):,} videos to train on{told(skipped)}\n"
+        f"tests     {len(tests):,} videos{told(lacking)}")
     labels = [label if isinstance(label, tuple) else (label,) for _, label in videos + tests]
     classes, table = 1 + max(max(label, default=0) for label in labels), None
     if args.multi_label:
@@ -252,9 +256,9 @@ def main(argv=None):
     args, encoder = parse(argv)
     set_up()
     out, root, toy = Path(args.out), locate(args.data, args.root), args.data == "toy"
-    before, finished = saved_run(args), out / "results.json"
-    if before and finished.exists():
-        results = json.loads(finished.read_text())
+    saved, finished = saved_run(args), out / "results.json"
+    if saved and finished.exists():
+        results = json.loads(finished.read_text(encoding="utf-8"))
         if [results["args"][name] for name in ("views", "val")] == [args.views, args.val]:
             return log(f"{results['summary']}; other --views or --val test it again")
     if toy:
@@ -263,7 +267,7 @@ def main(argv=None):
     sizes = dict(dim=encoder.dim, depth=len(encoder.blocks), heads=encoder.blocks[0].attn.heads,
                  tube=encoder.tube, classes=classes)
     model = Classifier(encoder, classes, 0.0 if args.freeze else 0.1).to(DEVICE)
-    if args.init and not before:
+    if args.init and not saved:
         head = {name: w for name, w in read_checkpoint(args.init)["model"].items()
                 if name.startswith("fc_norm.") or name.startswith("head.") and len(w) == classes}
         model.load_state_dict(head, strict=False)
@@ -278,10 +282,10 @@ def main(argv=None):
                   choose=dense_frames if args.sampling == "dense" else segment_frames)
     finished.unlink(missing_ok=True)  # of other views, or of a run that was here before
     loss = partial(loss_of, args=args, classes=classes, table=table)
-    if fit(args, model, make_optimizer(model), clips, loss, sizes=sizes, before=before):
+    if fit(args, model, make_optimizer(model), clips, loss,
+           facts=dict(sizes=sizes), saved=saved):
         results = test(args, model, tests, table, options)
-        if RANK == 0:
-            finished.write_text(json.dumps(results, indent=2) + "\n")
+        write_json(finished, results)
         log(results["summary"])
 
 

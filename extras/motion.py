@@ -179,7 +179,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     videos, *_ = find_videos(train.locate(args.data, args.root))
     # The toy model's tubes have four frames; two show the motion better.
-    own, tube = train.recipe(args.data, "base"), (2, 8, 8) if args.data == "toy" else (2, 16, 16)
+    own, tube = train.settings_for(args.data, "base"), (2, 8, 8) if args.data == "toy" else (2, 16, 16)
     clips = motion_clips(videos, tube=tube, **{name: own[name] for name in (
         "frames", "stride", "size", "ratio")})
     if not isinstance(clips, MotionClips):

@@ -22,11 +22,12 @@ from einops import rearrange
 from torchvision.utils import draw_bounding_boxes, save_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
-from data import Clips, centre_crop, centre_frames, collate, find_videos, normalise, write_video
+from data import Clips, centre_crop, centre_frames, collate, find_videos, normalise
 from extras.evaluate import collect
 from extras.run import DEVICE, launch
+from extras.toy import write_video
 from sigma import DINO_WIDTHS, UserError, load_model, read_checkpoint, standardise, take_tubes
-from train import locate, make_teacher, parser_with, recipe
+from train import locate, make_teacher, parser_with, settings_for
 
 
 COLOURS = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"  # of curves
@@ -151,9 +152,9 @@ def draw_curves(runs, path):
         lines = [json.loads(line) for line in open(Path(run, "log.jsonl"), encoding="utf-8")]
         lines, style = lines[::math.ceil(len(lines) / 400) or 1], solid(colour)
         curves = [[(line["step"], line[name]) for line in lines if line.get(name)]  # 0 has no place
-                  for name in ("loss", "video_std", "target_std")]
+                  for name in ("loss", "video_std", "projection_std")]
         if not all(curves):
-            raise UserError(f"{run}/log.jsonl has no loss, video_std and target_std: it is no "
+            raise UserError(f"{run}/log.jsonl has no loss, video_std and projection_std: it is no "
                             "pretraining run, or one of an older version")
         losses.append((curves[0], style))
         spreads += [(curves[1], style), (curves[2], style + dashed)]
@@ -186,7 +187,7 @@ def main(argv=None):
     if args.curves:
         return draw_curves(args.curves, args.out or Path("curves.svg"))
     content, model = read_checkpoint(args.checkpoint), load_model(args.checkpoint).to(DEVICE).eval()
-    run = recipe("k400", "base") | content.get("args", {})
+    run = settings_for("k400", "base") | content.get("args", {})
     data = args.data or (not args.root and run.get("root")) or run.get("data", "k400")
     splits = ("train", "") if args.split == "train" else (args.split,)
     videos, *_ = find_videos(locate(data, args.root), splits)

@@ -6,14 +6,14 @@ atomic saves, log lines, unreadable videos, stalled loaders, collapse, exit code
 import contextlib
 import ctypes
 import errno
-import fcntl
+import hashlib
 import json
 import math
 import multiprocessing
 import os
+import secrets
 import signal
 import sys
-import tempfile
 import threading
 import time
 from datetime import timedelta
@@ -27,9 +27,15 @@ from tqdm import tqdm
 from data import SUFFIXES, collate, endless_order, progress
 from sigma import UserError, fill, read_checkpoint
 
-STOP_SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks, and fewer signals
+    fcntl = None
+STOP_SIGNALS = [signal.Signals[name] for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
+                if hasattr(signal, name)]
 GRACE = 3  # seconds in which more signals are echoes of the first: Slurm and torchrun both send one
 LOG_STEPS, LOG_SECONDS, SAVE_SECONDS = 10, 10, 600  # between log lines, saves
+TICKS = 20  # into which a time limit is divided
 MAX_UNREADABLE = 0.01  # share of the videos; or five, if that is more
 
 
@@ -72,11 +78,17 @@ def set_up():
             raise UserError(f"process {LOCAL_RANK} of this machine has no GPU of its own, there are"
                             f" {torch.cuda.device_count()}: lower --nproc_per_node")
         torch.cuda.set_device(DEVICE)
-    elif hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc: keep large freed blocks, since
-        libc.mallopt(-4, 0)  # getting them anew, page by page, takes up to a third of a step
-        libc.mallopt(-1, 2 ** 31 - 1)
+    else:  # keep large freed blocks: to get them anew, page by page, takes up to a third of a step
+        call_libc("mallopt", -4, 0)
+        call_libc("mallopt", -1, 2 ** 31 - 1)
     if WORLD > 1 or dist.is_torchelastic_launched():  # others wait while one renders or downloads
         dist.init_process_group("nccl" if GPU else "gloo", timeout=timedelta(hours=1))
+
+
+def call_libc(name, *numbers):
+    """Calls a function of glibc or Linux, if this system has it."""
+    with contextlib.suppress(TypeError, OSError, AttributeError):
+        getattr(ctypes.CDLL(None), name)(*numbers)
 
 
 def log(text):
@@ -94,6 +106,19 @@ def gather(thing=None):
     if dist.is_initialized():
         dist.all_gather_object(things, thing)
     return things
+
+
+def gather_dict(mine):
+    """The union of every rank's dictionary; waits for all."""
+    return {key: value for part in gather(mine) for key, value in part.items()}
+
+
+def same_for_all(what, value):
+    """Raises UserError if ranks have different values: what the sentence calls them."""
+    values = gather(value)
+    if other := next((rank for rank, there in enumerate(values) if there != values[0]), None):
+        raise UserError(f"{what} differ between processes: rank 0 has {values[0]}, rank {other} "
+                        f"{values[other]}; all nodes need the same files")
 
 
 def one_first(work):
@@ -123,14 +148,24 @@ def handle(handlers):
 
 @contextlib.contextmanager
 def time_limit(seconds, give_up):
-    """Calls give_up(), which must raise, if the block takes longer."""
-    before = handle({signal.SIGALRM: lambda number, frame: give_up()})
-    signal.alarm(seconds if before else 0)
+    """Calls give_up(), which must raise, if the block takes longer; time in which the process was
+    suspended does not count. No limit on systems without SIGALRM."""
+    ticks = [TICKS]  # that are left: of those that a suspended process misses one alone comes
+
+    def tick(number, frame):
+        ticks[0] -= 1
+        if ticks[0] <= 0:
+            give_up()
+
+    handlers = handle({signal.SIGALRM: tick}) if hasattr(signal, "SIGALRM") else {}
+    if handlers:
+        signal.setitimer(signal.ITIMER_REAL, seconds / TICKS, seconds / TICKS)
     try:
         yield
     finally:
-        signal.alarm(0)
-        handle(before)
+        if handlers:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        handle(handlers)
 
 
 # --- The loader -----------------------------------------------------------------------------------
@@ -140,19 +175,19 @@ def start_worker(worker):
     process has saved; and they must not outlive it."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "prctl"):
-        libc.prctl(1, signal.SIGKILL)  # Linux's PR_SET_PDEATHSIG: killed when the parent ends
+    call_libc("prctl", 1, 9)  # Linux's PR_SET_PDEATHSIG, SIGKILL: killed when the parent ends
 
 
 def kill_workers():
     """Ends loader workers that an error has left behind: they ignore Python's own signal."""
     workers = multiprocessing.active_children()
-    before = handle({signal.SIGCHLD: signal.SIG_DFL}) if workers else {}  # torch would take it for
-    for worker in workers:  # another error
+    handlers = {}
+    if workers and hasattr(signal, "SIGCHLD"):  # torch would take it for another error
+        handlers = handle({signal.SIGCHLD: signal.SIG_DFL})
+    for worker in workers:
         worker.kill()
         worker.join()
-    handle(before)
+    handle(handlers)
 
 
 def open_videos():
@@ -188,52 +223,82 @@ def claim(out):
     Path(out).mkdir(parents=True, exist_ok=True)
     file = open(Path(out, ".lock"), "w")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # else a file system without locks: drafts have names of their own
         if error.errno in (errno.EACCES, errno.EAGAIN):
             raise UserError(f"another process is at work in {out}: wait for its end, or choose "
                             "another folder") from error
-        # Else a file system without locks: drafts have names of their own all the same.
     for draft in Path(out).glob("*.unfinished"):  # of a killed process
         draft.unlink(missing_ok=True)
     return file
 
 
-def save_atomically(path, content):
-    """torch.save under another name, then renamed: the file is complete or not there."""
-    path, draft = Path(path), None
+@contextlib.contextmanager
+def draft_of(path):
+    """Another name to write to, which becomes `path` when the block ends, and is gone if it fails:
+    the file is complete, or as it was before. Its mode is what the user's umask asks for."""
+    path = Path(path)
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.unfinished")
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.",
-                                         suffix=".unfinished", delete=False) as file:
-            draft = Path(file.name)
-            torch.save(content, file)
-            file.flush()
+        yield draft
+        with open(draft, "rb+") as file:
             os.fsync(file.fileno())
-        draft.chmod(0o666 & ~os.umask(os.umask(0)))  # temporary files are private
         draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    """Writes JSON on the first rank alone: complete, or not at all."""
+    if RANK == 0:
+        with draft_of(path) as draft:
+            draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def save_atomically(path, content):
+    """torch.save: complete, or not at all. Raises RunError."""
+    try:
+        with draft_of(path) as draft:
+            torch.save(content, draft)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into the latter
-        if draft:
-            draft.unlink(missing_ok=True)
         raise RunError(f"{path} can't be written ({error}); what was there before is untouched, "
-                       "and the same command goes on from it") from error
+                       "and the same command resumes from it") from error
+
+
+def fingerprint(module):
+    """A hash of a module's weights, to tell networks apart."""
+    found = hashlib.sha256()
+    for name, weight in sorted(module.state_dict().items()):
+        found.update(name.encode())
+        found.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
 
 
 def saved_run(args):
-    """The checkpoint in --out, None if there is none. Raises UserError if flags contradict it."""
-    if not Path(args.out, "last.pt").exists():
+    """The checkpoint in --out, None if there is none. Raises UserError if flags contradict it, or
+    if not all ranks see it."""
+    seen = gather(Path(args.out, "last.pt").exists())
+    if len(set(seen)) > 1:
+        raise UserError(f"{args.out}/last.pt is there for rank {seen.index(True)} but not for rank "
+                        f"{seen.index(False)}: --out must be a folder that all nodes share")
+    if not seen[0]:
         return None
     saved, free = read_checkpoint(args.out), set(
         "root val out teacher batch_size accum amp workers timeout compile eval_every keep_every "
-        "max_steps views clips".split())
-    kind = getattr(args, "clips", None)
-    if saved["args"].get("clips", kind) != kind:
-        raise UserError(f"the run in {args.out} was started by the other one of train.py and "
-                        "extras/motion.py: resume it with that")
-    differ = [f"--{name.replace('_', '-')} {now} (the run has {saved['args'][name]})"
+        "max_steps views ideas".split())
+    flags, ideas = saved.get("args", {}), getattr(args, "ideas", [])
+    if flags.get("ideas", ideas) != ideas:
+        raise UserError(f"the run in {args.out} was started with {flags['ideas'] or 'no'} classes "
+                        f"of its own, not with {ideas or 'none'}: resume it with these, or choose "
+                        "another --out")
+    differ = [f"--{name.replace('_', '-')} {now} (the run has {flags[name]})"
               for name, now in vars(args).items() if now is not None  # --init may be left out
-              and name not in free and name in saved["args"] and saved["args"][name] != now]
+              and name not in free and name in flags and flags[name] != now
+              and not (name == "init" and flags[name] and os.path.realpath(flags[name])
+                       == os.path.realpath(now))]
     if differ:
-        raise UserError(f"the run in {args.out} goes on with its own settings, but you give "
+        raise UserError(f"the run in {args.out} resumes with its own settings, but you give "
                         f"{', '.join(differ)}: leave them out, or choose another --out")
     return saved
 
@@ -245,12 +310,19 @@ def collapsed(line, k, tubes):
     term of the loss stuck at ln k or at 0, or an entropy far below ln k (or ln of the hidden tubes,
     if fewer). Of l2: both networks' features are nearly constant."""
     if "l2_term" in line:
-        return max(line["video_std"], line["target_std"]) < 0.01
-    if not k:
+        return max(line["video_std"], line["projection_std"]) < 0.01
+    if not {"video_term", "projection_term", "video_entropy", "projection_entropy"} <= line.keys():
         return False
-    terms, most = (line["target_term"], line["video_term"]), math.log(k)
-    stuck = any(abs(term / most - 1) < 0.01 or term < 0.05 * most for term in terms)
-    return stuck or min(line["entropy"], line["target_entropy"]) < math.log(min(k, tubes)) - 1.4
+    terms, log_k = (line["projection_term"], line["video_term"]), math.log(k)
+    stuck = any(abs(term / log_k - 1) < 0.01 or term < 0.05 * log_k for term in terms)
+    entropy = min(line["video_entropy"], line["projection_entropy"])
+    return stuck or entropy < math.log(min(k, tubes)) - 1.4
+
+
+def hash_of(clips):
+    """(number of videos, a hash of their names and labels in order, wherever they lie)."""
+    names = "\n".join(f"{os.path.basename(path)} {label}" for path, label in clips.videos)
+    return len(clips), hashlib.sha256(os.fsencode(names)).hexdigest()[:16]
 
 
 class Run:
@@ -262,51 +334,57 @@ class Run:
 
     to the last step, --max-steps or a signal; then run.complete says whether all steps are done.
 
-    batch: clips at a time; per_step: clips of a step, of all processes; steps: of the whole run;
-    settled: the step from which features may be called collapsed. sizes: the model's, for its
-    checkpoints. before: what saved_run returned. probe(title): figures for the log, every
-    --eval-every epochs. Raises RunError when the run can't go on.
+    batch: clips per forward pass; per_step: clips of a step, of all processes; steps: of the whole
+    run; collapse_from: the step from which features may be called collapsed. facts: what else its
+    checkpoints hold. saved: what saved_run returned. probe(title): figures for the log, every
+    --eval-every epochs. Raises RunError when the run can't continue.
     """
 
-    def __init__(self, args, model, optimizer, scaler, clips, *, batch, per_step, steps, settled=0,
-                 sizes=None, before=None, probe=None):
-        self.args, self.model, self.clips, self.sizes, self.probe = args, model, clips, sizes, probe
+    def __init__(self, args, model, optimizer, scaler, clips, *, batch, per_step, steps,
+                 collapse_from=0, facts=None, saved=None, probe=None):
+        self.args, self.model, self.clips, self.facts, self.probe = args, model, clips, facts, probe
         self.optimizer, self.scaler, self.per_step = optimizer, scaler, per_step
-        self.step, self.total, self.settled = 0, steps, settled
-        self.last = min(steps, args.max_steps or steps)
+        self.step, self.total_steps, self.collapse_from = 0, steps, collapse_from
+        self.stop_step = min(steps, args.max_steps or steps)
         self.out, self.k = Path(args.out), len(getattr(model, "prototypes", ()))
         self.signals, self.stopped, self.bad_lines = [], False, 0
-        self.rows, self.unreadable, self.named, self.waited = [], {}, set(), 0.0
+        self.rows, self.unreadable, self.reported, self.waited = [], {}, set(), 0.0
+        same_for_all("the videos (their number, and a hash of names and labels)", hash_of(clips))
         if dist.is_initialized():
             self.control = dist.new_group(backend="gloo")  # for two numbers a step
         self.lock = claim(self.out) if RANK == 0 else contextlib.nullcontext()
-        if before:
-            self.resume(before)
-        if RANK == 0:
-            with open(self.out / "log.jsonl", "a") as file:  # drop lines of steps to be repeated
-                file.truncate(min(before["log_size"], file.tell()) if before else 0)
-        self.log_time = self.save_time = time.monotonic()
-        if not before:
+        if saved:
+            self.resume(saved)
+        self.open_log(saved)
+        if not saved:
             self.save()  # a disk that can't be written to shows now
-        videos = batch // args.repeat  # at a time; the keys count them
+        videos = batch // args.repeat  # per forward pass; the keys count them
         keys = endless_order(len(clips), videos, RANK, WORLD, args.seed,
                              self.step * per_step // args.repeat)
         self.loader = loader(clips, videos, keys, args.workers, args.timeout)
 
     @property
     def complete(self):
-        return self.step >= self.total
+        return self.step >= self.total_steps
 
-    def resume(self, before):
+    def resume(self, saved):
         """Puts back the state of a checkpoint."""
-        if before["videos"] != len(self.clips):
-            raise UserError(f"the run in {self.out} has {before['videos']:,} videos, there are now "
+        if saved["videos"] != len(self.clips):
+            raise UserError(f"the run in {self.out} has {saved['videos']:,} videos, there are now "
                             f"{len(self.clips):,}: start a new one with --init {self.out} and "
                             "another --out")
-        fill(self.model, before["model"], self.out)
-        self.optimizer.load_state_dict(before["optimizer"])
-        self.scaler.load_state_dict(before["scaler"])
-        self.step = before["clips_seen"] // self.per_step
+        fill(self.model, saved["model"], self.out)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if saved["scaler"]:  # empty after a run in another precision than fp16
+            self.scaler.load_state_dict(saved["scaler"])
+        self.step = saved["clips_seen"] // self.per_step
+
+    def open_log(self, saved):
+        """Starts log.jsonl, or drops its lines of steps that will be repeated."""
+        self.log_time = self.save_time = time.monotonic()
+        if RANK == 0:
+            with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
+                file.truncate(min(saved["log_size"], file.tell()) if saved else 0)
 
     def save(self, name="last.pt"):
         """Writes a checkpoint."""
@@ -314,7 +392,7 @@ class Run:
         if RANK == 0:
             save_atomically(self.out / name, dict(
                 model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
-                scaler=self.scaler.state_dict(), sizes=self.sizes, args=vars(self.args),
+                scaler=self.scaler.state_dict(), args=vars(self.args), **self.facts,
                 clips_seen=self.step * self.per_step, videos=len(self.clips),
                 log_size=(self.out / "log.jsonl").stat().st_size))
         gather()  # a process that ends before rank 0 has saved may end the whole job
@@ -331,22 +409,23 @@ class Run:
 
     def steps(self):
         """Yields the number of each step that is left; between them signals, log and saves."""
-        before = handle(dict.fromkeys(STOP_SIGNALS, self.stop))
-        bar = progress(total=self.total, initial=self.step, unit="step", disable=RANK > 0)
+        handlers = handle(dict.fromkeys(STOP_SIGNALS, self.stop))
+        bar = progress(total=self.total_steps, initial=self.step, unit="step", disable=RANK > 0)
         try:
-            while self.step < self.last and not self.stopped:
+            while self.step < self.stop_step and not self.stopped:
                 yield self.step
                 self.step += 1
                 bar.update()
-                if self.agree():
-                    self.between(bar)
+                if self.something_due():
+                    self.log_and_save(bar)
         finally:
             bar.close()
             self.loader.close()
-            handle(before)
+            handle(handlers)
             self.lock.__exit__(None, None, None)
         if not self.complete:
-            log(f"stopped after step {self.step:,} of {self.total:,}; the same command goes on")
+            log(f"stopped after step {self.step:,} of {self.total_steps:,}; run the same command "
+                "again to resume")
 
     def batches(self, accum):
         """Yields (part, Batch) for the parts 1 to accum of a step, and notes how long they took to
@@ -364,12 +443,12 @@ class Run:
         self.names = list(stats)
         self.rows.append(torch.stack([value.float() for value in stats.values()]))
 
-    def passed(self, every):
+    def crosses_epoch(self, every):
         """Whether this step completes a multiple of so many epochs."""
         now, then = (step * self.per_step // len(self.clips) for step in (self.step, self.step - 1))
         return bool(every) and now // every > then // every
 
-    def agree(self):
+    def something_due(self):
         """Whether there is something to do after this step. All ranks agree on it, and until here
         nothing has waited for the GPU."""
         late = time.monotonic() - self.log_time > LOG_SECONDS or self.step % LOG_STEPS == 0
@@ -377,29 +456,29 @@ class Run:
         if dist.is_initialized():
             dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.control)
         self.stopped, late = flags.bool().tolist()
-        self.ends = self.stopped or self.step == self.last
-        return late or self.ends or self.passed(self.args.eval_every) or self.passed(
-            self.args.keep_every)
+        self.ends = self.stopped or self.step == self.stop_step
+        return late or self.ends or any(map(self.crosses_epoch, (
+            self.args.eval_every, self.args.keep_every)))
 
-    def between(self, bar):
+    def log_and_save(self, bar):
         """A log line, with a probe if one is due, and a checkpoint."""
         line, n = self.means(), len(self.clips)
         bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['clips_per_second']:.1f} clips/s, "
                             f"{line['data_wait']:.0%} waiting for data", refresh=False)
         self.name_unreadable()
         self.tell_collapse(line)
-        probing = self.probe and self.passed(self.args.eval_every)
+        probing = self.probe and self.crosses_epoch(self.args.eval_every)
         if probing:
             self.save()  # first: who stops the run may not wait for the probe
             line |= self.probe(f"epoch {line['epoch']:g}")
         self.write(line)
-        too_many = len(self.named) > max(min(5, n - 1), MAX_UNREADABLE * n)
+        too_many = len(self.reported) > max(min(5, n - 1), MAX_UNREADABLE * n)
         if self.ends or probing or too_many or time.monotonic() - self.save_time > SAVE_SECONDS:
             self.save()
-        if self.passed(self.args.keep_every):
+        if self.crosses_epoch(self.args.keep_every):
             self.save(f"epoch-{self.step * self.per_step // n:04}.pt")
         if too_many:
-            raise RunError(f"{len(self.named)} of {n:,} videos can't be read, more than "
+            raise RunError(f"{len(self.reported)} of {n:,} videos can't be read, more than "
                            f"{MAX_UNREADABLE:.0%}: fix or remove those named above")
         self.log_time, self.waited = time.monotonic(), 0.0
 
@@ -412,10 +491,11 @@ class Run:
         # fp16 may overflow in gradients: the scaler skips such steps.
         finite = rows[:, :1 if self.scaler.is_enabled() else 2].isfinite().all(dim=1).tolist()
         if not all(finite):
+            first = "--amp off or bf16, then " if self.args.amp == "fp16" else ""
             raise RunError("the loss or its gradient is not finite at step "
                            f"{self.step - len(rows) + 1 + finite.index(False)}: start anew from the"
-                           f" last good checkpoint, --init {self.out}, another --out and a lower "
-                           "--lr")
+                           f" last good checkpoint, --init {self.out} and another --out, with "
+                           f"{first}a lower --lr")
         seconds, seen = time.monotonic() - self.log_time, self.step * self.per_step
         line = dict(zip(self.names, rows.mean(dim=0).tolist()))
         if self.k:
@@ -427,15 +507,15 @@ class Run:
 
     def name_unreadable(self):
         """Names each video that some rank could not read, once."""
-        for path, reason in [pair for part in gather(self.unreadable) for pair in part.items()]:
-            if path not in self.named:
+        for path, reason in gather_dict(self.unreadable).items():
+            if path not in self.reported:
                 log(f"unreadable video {path}: {reason}; another one takes its place")
-            self.named.add(path)
+            self.reported.add(path)
         self.unreadable = {}
 
     def tell_collapse(self, line):
         """Says once if ten log lines in a row show collapsed features."""
-        collapse = self.step > self.settled and collapsed(line, self.k, self.tubes)
+        collapse = self.step > self.collapse_from and collapsed(line, self.k, self.tubes)
         self.bad_lines = self.bad_lines + 1 if collapse else 0
         if self.bad_lines == 10:
             log("the features have collapsed: " + (
@@ -447,8 +527,8 @@ class Run:
         """Appends a line to log.jsonl; what is not finite becomes null, as JSON has no inf."""
         if RANK == 0:
             line = {name: x if math.isfinite(x) else None for name, x in line.items()}
-            with open(self.out / "log.jsonl", "a") as file:
-                file.write(json.dumps(line | {"unreadable_videos": len(self.named)}) + "\n")
+            with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line | {"unreadable_videos": len(self.reported)}) + "\n")
 
 
 def launch(main, argv=None):

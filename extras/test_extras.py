@@ -27,6 +27,7 @@ import sigma
 import train
 from data import decode, find_videos, normalise
 from extras import bench, features, finetune, motion, pictures, segment, videos, weights
+from extras import toy as toy_set
 from extras.finetune import Classifier
 from extras.run import RunError, launch, loader
 from sigma import Encoder, UserError, build_model, load_encoder, load_model, tube_mask
@@ -41,7 +42,7 @@ def toy(tmp_path_factory):
     """A folder with a small toy set, data/toy, and a pretraining run of one step, `run`."""
     folder = tmp_path_factory.mktemp("work")
     with contextlib.chdir(folder):
-        data.make_toy("data/toy", train=64, val=32)
+        toy_set.make_toy("data/toy", train=64, val=32)
         assert run(train, "--max-steps", 1, "--out", "run") == 0
     return folder
 
@@ -79,7 +80,7 @@ def put(files, root="."):
         if isinstance(content, str):
             path.write_bytes(os.fsencode(content))
         else:
-            data.write_video("v.mp4", torch.full((8, 32, 32, 3), content or 0).byte())
+            toy_set.write_video("v.mp4", torch.full((8, 32, 32, 3), content or 0).byte())
             os.rename("v.mp4", path)
 
 
@@ -498,7 +499,7 @@ class TestVideos:
         put({"x/1.webm": 30, "bad.mp4": "text", "x.avi": 60, "x.mp4": 200, "list.csv":
              f"x/1.webm 3\nx.avi 0\nx.mp4 1\n{Path.cwd()}/a/x.mp4 2\n"}, "a")
         frames = torch.arange(80)[:, None, None, None].expand(80, 256, 342, 3).byte() * 3
-        data.write_video("a/long.mp4", frames, rate=25)
+        toy_set.write_video("a/long.mp4", frames, rate=25)
         assert run(videos, "prepare", "a", "b", "--workers", 2) == 0
         assert "bad.mp4: " in Path("b/bad.txt").read_text()
         with av.open("b/long.mp4") as container:
@@ -762,7 +763,7 @@ class TestPictures:
     def test_curves_of_runs_are_drawn_where_their_logs_say(self):
         """Both runs in both panels; what is 10 times as small is one decade lower."""
         for name, factor in (("a&b", 1), ("c", 0.1)):
-            log = [dict(step=step, loss=factor * 10 / step, video_std=factor, target_std=2 * factor)
+            log = [dict(step=step, loss=factor * 10 / step, video_std=factor, projection_std=2 * factor)
                    for step in (1, 10, 100)]
             put({"log.jsonl": "\n".join(map(json.dumps, log))}, name)
         assert run(pictures, "--curves", "a&b", "c", "--out", "curves.svg") == 0

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherev
 from extras.run import launch, save_atomically
 from sigma import (DINO_WIDTHS, IMAGENET_MEAN, IMAGENET_STD, SIGMA, SIZES, Encoder, UserError,
                    depth_of, fill, read_file)
-from train import RECIPE, at_least, parser_with
+from train import DEFAULTS, at_least, parser_with
 
 NAMES = [  # ours and Hugging Face's, in this order: how names begin, then parts within blocks
     ("encoder.patch_embed.proj.", "videomae.embeddings.patch_embeddings.projection."),
@@ -175,7 +175,7 @@ def convert(path, heads=None, decoder_heads=None):
 
 def to_hugging_face(content):
     """What convert returns -> weights in Hugging Face's names, and what goes into CONFIGS."""
-    weights, sizes, clip = content["model"], content["sizes"], RECIPE | content["args"]
+    weights, sizes, clip = content["model"], content["sizes"], DEFAULTS | content["args"]
     pairs, (p, q, r), side = NAMES, sizes["tube"], clip["size"]
     kind = ("ForVideoClassification" if "classes" in sizes else
             "ForPreTraining" if sizes.get("target") == "pixel" else "Model")
