@@ -120,7 +120,7 @@ def split_line(line, folder):
     words = re.split(r"([\s,]+)", line)  # in turn with what separates them
     for end in range(len(words), 0, -2):
         path = folder / "".join(words[:end])
-        names = [path]
+        names = [path, folder / "".join(words[:end]).replace("\\", "/")]  # of a list from Windows
         if path.suffix.lower() in SUFFIXES:
             names.append(path.with_suffix(".mp4"))  # as extras/videos.py prepare names it
         for name in filter(os.path.isfile, names):

@@ -500,6 +500,36 @@ class TestData:
         videos, _, skipped = data.find_videos(".")
         assert len(videos) == 3 and f"4.{other}" in skipped[0]
 
+    def test_a_folder_that_leads_back_to_itself_does_not_multiply_its_videos(self):
+        """What is passed over is named; a link to a folder elsewhere is followed."""
+        put("set/a/1.mp4", "set/b/2.mp4", "elsewhere/3.mp4")
+        for name, target in (("set/a/up", "set"), ("set/b/self", "set/b"), ("set/c", "elsewhere")):
+            os.symlink(Path.cwd() / target, name)
+        videos, classes, skipped = data.find_videos("set")
+        assert found("set") == {"1.mp4": 0, "2.mp4": 1, "3.mp4": 2} and classes == ["a", "b", "c"]
+        assert len(videos) == 3 and ["leads back" in reason for reason in skipped] == [True] * 2
+
+    def test_lists_written_on_windows_are_read(self):
+        put("set/a 1.mp4")
+        Path("list.csv").write_bytes(b"set\\a 1.mp4 0\r\n")
+        assert found("list.csv") == {"a 1.mp4": 0}
+
+    def test_a_centre_crop_is_the_square_in_the_middle(self):
+        assert data.centre_crop(240, 320) == (0, 40, 240, 240)
+        assert data.centre_crop(320, 240) == (40, 0, 240, 240)
+
+    def test_clips_are_resized_with_antialiasing(self):
+        """Stripes finer than the new pixels become grey."""
+        stripes = (torch.arange(64) % 2 * 255).byte().expand(1, 3, 64, 64)
+        clip = data.resize_crop(stripes, (0, 0, 64, 64), 16)[..., 2:-2]
+        assert (clip.float() - 127.5).abs().max() < 20
+
+    def test_bars_are_lines_where_there_is_no_terminal(self, capsys):
+        """A job's launcher may hold back what does not end in a newline."""
+        list(data.progress(range(3), "working", 3))
+        shown = capsys.readouterr().err
+        assert "\r" not in shown and shown.endswith("\n") and "3/3" in shown
+
     def test_classes_are_numbered_once_by_name_for_all_splits(self):
         put("a/train/clap/1.mp4", "a/train/run/2.mp4", "a/train/wave/3.mp4", "a/val/wave/4.mp4",
             "b/wave/5.mp4", "b/run/6.mp4", "c/swim/7.mp4")
@@ -675,10 +705,12 @@ class TestTraining:
         assert steps == sorted(set(steps)) and steps[-1] == 20
         assert not list(Path("killed").glob("*unfinished*"))
 
-    def test_a_run_from_weights_goes_on_without_naming_them_again(self, here):
+    def test_a_run_from_weights_resumes_without_naming_them_again(self, here):
+        """Or by another spelling of the same folder."""
         flags = [*RUN, "--out", "warm", "--max-steps"]
         assert run(*flags, 1, "--init", OUT) == 0 and run(*flags, 2) == 0
-        assert saved("warm")["clips_seen"] == 2 * 32 and run(*flags, 3, "--init", "other") == 2
+        assert run(*flags, 3, "--init", f"./{OUT}/") == 0
+        assert saved("warm")["clips_seen"] == 3 * 32 and run(*flags, 4, "--init", "other") == 2
 
     @pytest.mark.parametrize("name", STOP_SIGNALS)
     def test_a_signal_to_all_processes_saves_and_ends(self, name, here):
@@ -734,6 +766,55 @@ class TestTraining:
         assert run(*RUN, "--out", "nan") == 1 and "step 3" in capsys.readouterr().err
         assert saved("nan")["clips_seen"] == 2 * 32
 
+    def test_files_have_the_mode_that_the_umask_asks_for(self, here):
+        umask = os.umask(0o027)
+        try:
+            assert run("--max-steps", 1, "--out", "modes") == 0
+            running.write_json("modes/results.json", {})
+        finally:
+            os.umask(umask)
+        modes = {path.name: path.stat().st_mode & 0o777 for path in Path("modes").iterdir()}
+        assert {"last.pt", "log.jsonl", "skipped.txt", "results.json"} <= modes.keys()
+        assert set(modes.values()) == {0o640}
+
+    def test_a_run_resumes_in_another_precision(self, here):
+        """A loss scaler starts anew where the checkpoint has none."""
+        for steps, amp in enumerate(("off", "fp16", "bf16", "fp16"), start=1):
+            assert run(*RUN, "--out", "precisions", "--max-steps", steps, "--amp", amp) == 0
+
+    def test_time_in_which_a_process_is_suspended_does_not_count(self):
+        code = ("import sys, time; sys.path.insert(0, sys.argv[1]); from extras import run\n"
+                "def give_up(): print('gave up', flush=True); raise SystemExit\n"
+                "with run.time_limit(2, give_up):\n    print('started', flush=True); time.sleep(1)\n"
+                "print('done', flush=True)\n"
+                "with run.time_limit(1, give_up): time.sleep(9)")
+        process = subprocess.Popen([sys.executable, "-c", code, HERE], stdout=subprocess.PIPE,
+                                   text=True)
+        assert process.stdout.readline() == "started\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(2.5)
+        process.send_signal(signal.SIGCONT)
+        assert process.communicate(timeout=30)[0].split("\n")[:2] == ["done", "gave up"]
+
+    @pytest.mark.parametrize("rank, words", [(1, "1600"), (2, "abc")])
+    def test_ranks_with_other_data_stop_at_the_start(self, rank, words, monkeypatch):
+        values = [(1600, "abc")] * rank + [(1599, "abd")]
+        monkeypatch.setattr(running, "gather", lambda value: values)
+        with pytest.raises(UserError, match=f"rank {rank} .*1599") as error:
+            running.same_for_all("the videos", None)
+        assert words in str(error.value)
+
+    def test_the_hash_of_videos_knows_their_labels_and_order_but_not_their_place(self):
+        videos = [("/a/1.mp4", 0), ("/a/2.mp4", 1)]
+        one, *others = (running.hash_of(data.Clips(x, frames=4, stride=1, size=32)) for x in (
+            videos, [("/b/1.mp4", 0), ("/b/2.mp4", 1)], videos[::-1], [("/a/1.mp4", 0)] * 2))
+        assert [one == other for other in others] == [True, False, False]
+
+    def test_a_folder_that_only_some_nodes_see_is_named(self, here, monkeypatch):
+        monkeypatch.setattr(running, "gather", lambda seen: [seen, False])
+        with pytest.raises(UserError, match="share"):
+            running.saved_run(train.parse(["--out", OUT]))
+
     def test_a_full_disk_leaves_the_checkpoint_that_was_there(self, monkeypatch):
         Path("last.pt").write_bytes(b"old")
         monkeypatch.setattr(os, "fsync", lambda _: Path("/dev/full").write_bytes(b"new"))
@@ -749,7 +830,7 @@ class TestTraining:
         args = train.parse(["--data", "k400", *flags.split()])
         assert train.split_batch(args, world, videos) == wanted
 
-    def test_recipes_schedule_and_weight_decay_are_as_published(self):
+    def test_recipes_and_schedule_are_as_published(self):
         for flags, *wanted in (["k400", 16, 4, 800, 0.05, 640], ["ssv2", 16, 2, 800, 0.03, 512],
                                ["ssv2 --model small", 16, 2, 2400, 0.05, 128]):
             args = train.parse(["--data", *flags.split()])
@@ -758,11 +839,35 @@ class TestTraining:
         rate = [train.learning_rate(step, 100, 10, 1.0, 0.1) for step in range(100)]
         assert rate[0] == 0 and rate[3] == pytest.approx(3 / 9) and rate[9] == rate[10] == 1
         assert rate[55] == pytest.approx(0.55) and rate[-1] == pytest.approx(0.1, abs=1e-3)
-        model = build_model("tiny")
-        decay = {p: group["weight_decay"] for group in train.make_optimizer(model).param_groups
-                 for p in group["params"]}
-        assert all(decay[p] == (0 if re.search("bias|norm|mask_token", name) else 0.05)
-                   for name, p in model.named_parameters())
+
+    def test_the_optimizer_s_groups_are_the_published_ones_by_name(self):
+        model = build_model("tiny", depth=1, decoder_depth=1)
+        optimizer = train.make_optimizer(model)
+        names = {p: name for name, p in model.named_parameters()}
+        decay, no_decay = ({names[p] for p in group["params"]} for group in optimizer.param_groups)
+        blocks = [f"{part}.blocks.0.{name}" for part in ("encoder", "decoder") for name in (
+            "attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight")]
+        assert decay == {*blocks, "prototypes", "encoder.patch_embed.proj.weight",
+                         "encoder_to_decoder.weight", "decoder.head.weight", "projector.0.weight",
+                         "projector.2.weight"}
+        assert "mask_token" in no_decay and no_decay == set(names.values()) - decay
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0]
+        assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.95)}
+
+    def test_the_learning_rate_is_scaled_by_the_clips_of_a_step(self, here):
+        args, line = train.parse(RUN), log_of(OUT)[0]  # of steps of 32 clips, 20 in all
+        peak, final = args.lr * 32 / 256, args.final_lr * 32 / 256
+        assert line["lr"] == pytest.approx(
+            train.learning_rate(line["step"] - 1, 20, 2, peak, final))
+
+    def test_accumulated_batches_give_the_gradient_of_one_large_batch(self, here):
+        """Of the pixel target, since Sinkhorn balances each batch alone."""
+        for out, batch, accum in (("large", 32, 1), ("small", 8, 4)):
+            assert run("--target", "pixel", "--batch-size", batch, "--accum", accum, "--out", out,
+                       "--max-steps", 1) == 0
+        large, small = log_of("large")[0], log_of("small")[0]
+        assert small["loss"] == pytest.approx(large["loss"], rel=1e-5)
+        assert small["grad_norm"] == pytest.approx(large["grad_norm"], rel=1e-4)
 
     def test_collapsed_features_are_told_and_said_once(self, here, capsys, monkeypatch):
         healthy = dict(projection_term=7.1, video_term=7.4, video_entropy=7.8, projection_entropy=7.8)
@@ -819,6 +924,83 @@ class TestTraining:
         kept = saved("dino-1")["model"]
         assert kept["prototypes"].shape == (128, 128) and not any("vit" in name for name in kept)
         assert hashes == ["bf34ad0f42"]  # that the file must have
+
+    def test_a_run_refuses_another_teacher_of_the_same_width(self, here, capsys):
+        for name in ("one", "two"):
+            torch.save({"teacher": {f"module.backbone.{n}": w for n, w in dino(4)[1].items()}},
+                       f"{name}.pth")
+        flags = "--target dino --out taught --max-steps".split()
+        assert run(*flags, 1, "--teacher", "one.pth") == 0
+        os.rename("one.pth", "renamed.pth")
+        assert run(*flags, 2, "--teacher", "renamed.pth") == 0
+        assert run(*flags, 3, "--teacher", "two.pth") == 2
+        assert "teacher" in capsys.readouterr().err and saved("taught")["clips_seen"] == 2 * 64
+
+    def test_test_videos_that_are_missing_are_counted_and_named(self, here):
+        """In the log, in results.json, and all of them in skipped.txt."""
+        paths = sorted(Path("data/toy/val").rglob("*.mp4"))[::4]
+        lines = [f"{path.absolute()} {i % 8}" for i, path in enumerate(paths)]
+        Path("missing.csv").write_text("\n".join([*lines, *(f"gone{i}.mp4 1" for i in range(6))]))
+        flags = "--data data/toy/train --model tiny --size 32 --frames 8 --stride 1 --epochs 1"
+        assert run(*flags.split(), "--val", "missing.csv", "--out", "missing") == 0
+        results = json.loads(Path("missing/results.json").read_text())
+        assert results["tests"] == f"of {len(paths)} videos, {len(paths) + 6} named"
+        skipped = Path("missing/skipped.txt").read_text()
+        assert all(f"gone{i}.mp4" in skipped for i in range(6))
+
+    @pytest.mark.parametrize("largest, code", [(1e6, None), (math.inf, 1)])
+    def test_outputs_that_are_not_finite_do_not_pass_for_features(self, largest, code, here, capsys):
+        """What overflows in fp16 is computed again in float32; what does so there ends the run."""
+        videos = data.find_videos("data/toy")[0][:2]
+        clips = data.Clips(videos, frames=8, stride=1, size=32, tube=(4, 8, 8), ratio=None, tries=1)
+
+        def forward(video):
+            half = torch.is_autocast_enabled("cpu")
+            return torch.full((len(video), 3), math.nan if half else largest)
+        if code:
+            with pytest.raises(running.RunError, match="not finite"):
+                evaluate.collect(forward, clips, "fp16")
+        else:
+            assert (evaluate.collect(forward, clips, "fp16")[0] == largest).all()
+            assert "float32" in capsys.readouterr().out
+
+    def test_small_sets_get_as_many_steps_as_the_recipe_asks_for(self, here, capsys):
+        """Unless --epochs says how many passes there are to be."""
+        flags = "--data data/toy/train --model tiny --size 32 --frames 8 --stride 1 --max-steps 1"
+        for more, steps in (([], "1,600 steps"), (["--epochs", 3], "6 steps")):
+            assert run(*flags.split(), *more, "--out", f"steps{len(more)}") == 0
+            assert steps in capsys.readouterr().out
+
+    def test_the_core_needs_nothing_that_windows_lacks(self, here):
+        """Simulated: fewer signals, no file locks, no C library, no fork, text in a code page."""
+        code = """if True:
+            import ctypes, multiprocessing, os, signal, sys
+            for name in "SIGHUP SIGUSR1 SIGALRM setitimer alarm".split():
+                delattr(signal, name)
+            for name in ("fork", "killpg", "mkfifo"):
+                delattr(os, name)
+            sys.modules["fcntl"] = None
+            def CDLL(name, *_, load=ctypes.CDLL, **options):
+                if name is None:
+                    raise TypeError("there is none")
+                return load(name, *_, **options)
+            ctypes.CDLL = CDLL
+            if __name__ == "__main__":
+                multiprocessing.set_start_method("spawn")
+                from extras.run import launch
+                import train
+                sys.exit(launch(train.main))
+        """
+        Path("windows.py").write_text(code)
+        for steps in ("2", "3"):
+            result = subprocess.run(
+                [sys.executable, "-X", "warn_default_encoding", "windows.py", "--max-steps", steps,
+                 "--workers", "1", "--out", "windows"], capture_output=True, text=True,
+                env=os.environ | {"PYTHONPATH": str(HERE), "PYTHONUTF8": "0", "LC_ALL": "C"})
+            assert result.returncode == 0, result.stderr
+            ours = [line for line in result.stderr.splitlines() if "EncodingWarning" in line
+                    and str(HERE) in line]
+            assert not ours and saved("windows")["clips_seen"] == 64 * int(steps)
 
     def test_walk_and_readme_snippets_print_what_they_say(self, here, capsys):
         sigma.walk()

@@ -42,8 +42,8 @@ RECIPES = {  # what a data set changes; ucf101 and hmdb51: the paper does not pr
     "k400": K400, "ucf101": K400, "hmdb51": K400,
     "ssv2": dict(stride=2, eps=0.03, gpu_batch=32, global_batch=16 * 32),
     "ssv2 small": dict(stride=2, epochs=2400, gpu_batch=16, global_batch=8 * 16),
-    "toy": dict(frames=8, stride=1, size=32, ratio=0.75, epochs=16, warmup=1, lr=6e-3, eps=0.03,
-                gpu_batch=64, global_batch=64, workers=0),
+    "toy": dict(frames=8, stride=1, size=32, ratio=0.75, epochs=16, warmup=1, lr=6e-3,
+                prototypes=64, gpu_batch=64, global_batch=64, workers=0),
     "tiny": dict(tube=(4, 16, 16), size=64, ratio=0.75, epochs=60, least_steps=1600, warmup=7,
                  lr=3e-3, gpu_batch=32, global_batch=32),  # that model on any data but toy
 }
@@ -58,8 +58,9 @@ DINO = {  # target: (address of its weights, how their SHA-256 begins; not known
 def settings_for(data, model):
     """The recipe for a model on a data set."""
     key = "tiny" if model == "tiny" and data != "toy" else data
-    tube = sizes_for(model)["tube"] if model in SIZES else None
-    return {"tube": tube} | DEFAULTS | RECIPES.get(f"{key} {model}", RECIPES.get(key, {}))
+    sizes = {name: sizes_for(model)[name] if model in SIZES else None
+             for name in ("tube", "prototypes")}
+    return sizes | DEFAULTS | RECIPES.get(f"{key} {model}", RECIPES.get(key, {}))
 
 
 def locate(data, root=None):
@@ -99,7 +100,7 @@ FLAGS = {  # the scripts in extras/ take theirs from here
     "repeat": dict(type=at_least(1), default=1, help="clips from each decoding: loads faster"),
     "ratio": dict(type=at_least(0, float), help="share of tubes to hide, 0.75 to 0.95 is usual"),
     "prototypes": dict(type=at_least(2), help="K: fewer for small data, one for at least three "
-                       "hidden tubes of a batch (default: 3000, tiny 128)"),
+                       "hidden tubes of a batch (default: 3000, tiny 128, toy 64)"),
     "lr": dict(type=at_least(0, float), help="peak learning rate for 256 clips a step, scaled"),
     "eps": dict(type=at_least(0.005, float), help="Sinkhorn's, 0.03 to 0.05 is usual"),
     "frames": dict(type=at_least(1), help="frames of a clip"),
@@ -142,9 +143,8 @@ def parse(argv, *ideas):
              for idea in ideas if idea not in (Clips, SIGMA, None)]
     name = "-".join([Path(known.data).resolve().stem, model, known.target, *names])
     parser.set_defaults(model=model, out=f"out/{name}", ideas=names,
-                        prototypes=sizes_for(model)["prototypes"],
-                        **settings_for(known.data, model)
-                        | ({"least_steps": 0} if known.epochs else {}))
+                        **settings_for(known.data, model))
+    parser.set_defaults(**{"least_steps": 0} if known.epochs else {})
     args = parser.parse_args(argv)
     check_clip(args.frames, args.size, args.tube)
     if args.batch_size and args.batch_size % args.repeat:

@@ -221,7 +221,7 @@ def claim(out):
     """Makes a run's folder and locks it until the returned file is closed or this process ends.
     Raises UserError if another process is at work there."""
     Path(out).mkdir(parents=True, exist_ok=True)
-    file = open(Path(out, ".lock"), "w")
+    file = open(Path(out, ".lock"), "wb")
     try:
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -347,6 +347,7 @@ class Run:
         self.step, self.total_steps, self.collapse_from = 0, steps, collapse_from
         self.stop_step = min(steps, args.max_steps or steps)
         self.out, self.k = Path(args.out), len(getattr(model, "prototypes", ()))
+        self.flags = vars(args) | ({"init": saved["args"].get("init")} if saved else {})
         self.signals, self.stopped, self.bad_lines = [], False, 0
         self.rows, self.unreadable, self.reported, self.waited = [], {}, set(), 0.0
         same_for_all("the videos (their number, and a hash of names and labels)", hash_of(clips))
@@ -392,7 +393,7 @@ class Run:
         if RANK == 0:
             save_atomically(self.out / name, dict(
                 model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
-                scaler=self.scaler.state_dict(), args=vars(self.args), **self.facts,
+                scaler=self.scaler.state_dict(), args=self.flags, **self.facts,
                 clips_seen=self.step * self.per_step, videos=len(self.clips),
                 log_size=(self.out / "log.jsonl").stat().st_size))
         gather()  # a process that ends before rank 0 has saved may end the whole job
