@@ -539,22 +539,11 @@ def collate(samples):
     return Batch(torch.cat(video), mask, torch.tensor(labels), torch.tensor(index), bad)
 
 
-class Lines:
-    """stderr for bars where it is no terminal: each state is a line of its own, since a job's
-    launcher may hold back a line until it ends."""
-
-    def write(self, text):
-        if text.strip():
-            sys.stderr.write(text.strip() + "\n")
-
-    def flush(self):
-        sys.stderr.flush()
-
-
 def progress(items=None, title=None, total=None, **options):
-    """A tqdm bar that moves rarely where its output is kept, as in a job's log."""
+    """A tqdm bar. Where its output is kept, as in a job's log, it moves rarely, and ends each time
+    in a newline: a launcher may hold back a line until then."""
     if sys.stderr is None or not sys.stderr.isatty():
-        options |= dict(mininterval=30, maxinterval=30, file=Lines() if sys.stderr else None)
+        options |= dict(mininterval=30, maxinterval=30, bar_format="{l_bar}{bar:10}{r_bar}\n")
     return tqdm(items, title, total, dynamic_ncols=True, **options)
 
 
