@@ -1,19 +1,16 @@
 """Videos in, uint8 clips with tube masks out: finding, choosing frames, cropping, loading.
 
 What `--data` and `--root` may name:
-    a list      lines `path label`, `path,label` or `path`; the label is a whole number, counted
-                from 0, and the last field; relative paths start at the list's folder
+    a list      lines `path label`, `path,label` or `path`, which may be quoted; the label is a
+                whole number from 0 on, the last field; relative paths start at the list's folder
     a folder    DIR/train/<class>/*.mp4 and DIR/val/<class>/*.mp4, or DIR/<class>/*.mp4, or
                 DIR/*.mp4 without labels, or lists DIR/train.csv and DIR/val.csv
 Images (.jpg, .png) are clips that stand still. extras/videos.py turns the tables of Kinetics,
 Something-Something, UCF101 and HMDB51 into lists. Decoding starts at the key frame before a clip
 and ends with it; clips stay uint8 until they are on the training device.
 """
-import glob
-import math
 import os
 import re
-import shutil
 import sys
 from bisect import bisect_left, bisect_right
 from collections import namedtuple
@@ -117,7 +114,8 @@ def read_list(file, skipped, several=False):
 def split_line(line, folder):
     """The path in a line, which may hold spaces and commas, and the fields behind it: the
     fewest for which the path is a file; if there is none, at most one."""
-    words = re.split(r"([\s,]+)", line)  # in turn with what separates them
+    line = re.sub(r'^"(.*?)"(?=[\s,;]|$)', r"\1", line)  # quoted by a spreadsheet
+    words = re.split(r"([\s,;]+)", line)  # in turn with what separates them
     for end in range(len(words), 0, -2):
         path = folder / "".join(words[:end])
         names = [path, folder / "".join(words[:end]).replace("\\", "/")]  # of a list from Windows

@@ -472,7 +472,7 @@ class TestData:
             assert f'line {n}, "{lines[n - 1]}"' in reason
 
     @pytest.mark.parametrize("lines, labels, word", [
-        ("a.mp4,0\nb, 1.mp4\t1", [0, 1], ""), ("a.mp4 0 1\na.mp4 1", [1], "not one label"),
+        ("a.mp4,0\nb, 1.mp4\t1", [0, 1], ""), ('"a.mp4";0\n"b, 1.mp4",1', [0, 1], ""), ("a.mp4 0 1\na.mp4 1", [1], "not one label"),
         ("a.mp4 10 20 0\na.mp4 0", [0], "not one label"), ("gone.mp4 0\na.mp4 0", [0], "gone.mp4"),
         ("a.jpg 0\na.mp4 0", [0], "a.jpg"),
         ("b, 1.mp4 3 1 2\na.mp4 0\na.mp4", [(3, 1, 2), (0,), ()], "")])  # several, if asked
