@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from data import in_parallel, seeded
+from sigma import Encoder
 
 TOY_CLASSES = ("0_right", "1_down_right", "2_down", "3_down_left", "4_left", "5_up_left", "6_up",
                "7_up_right")
@@ -84,3 +85,12 @@ def make_toy(root, train=TOY_TRAIN, val=TOY_VAL):
         draft.rename(root)
     except OSError:  # another process was faster: its set is the same
         shutil.rmtree(draft)
+
+
+def random_dino(width, depth=12):
+    """A random state dict in the names of DINO's ViTs, patches of 16: a teacher that teaches
+    nothing, but takes as long as the real one."""
+    weights = Encoder(dim=width, depth=depth, heads=width // 64, tube=(1, 16, 16)).state_dict()
+    weights["patch_embed.proj.weight"] = weights["patch_embed.proj.weight"][:, :, 0]
+    return weights | {"cls_token": torch.randn(1, 1, width),
+                      "pos_embed": torch.randn(1, 1 + 14 ** 2, width)}
