@@ -34,7 +34,7 @@ CELL = 8  # pixels of a field's cell; the blocks of most files are as large or l
 I_FRAME, P_FRAME = 1, 2
 
 
-class Watch:
+class MotionRecorder:
     """Collects motion while data.decode reads a video: fields, triples (start, end, field).
 
     A field (rows, columns, 2) holds how far the content of each cell of the upright picture moves,
@@ -57,7 +57,7 @@ class Watch:
 
 
 def motion_field(vectors, height, width, turns=0):
-    """A field as in Watch, but in pixels, of a coded frame's vectors. turns: by 90 degrees
+    """A field as in MotionRecorder, but in pixels, of a coded frame's vectors. turns: by 90 degrees
     anticlockwise, from the coded frame (height, width) to the upright picture."""
     y, x, h, w, down, right, scale = (
         torch.from_numpy(vectors[name][vectors["source"] < 0].astype("float32"))
@@ -78,7 +78,7 @@ def displacements(fields, indices, box, grid):
     """How far each tube has moved since the slice before, (t, h, w, 2) in tubes, 0 for the first:
     the median over its area and the frames between, 0 where all is missing.
 
-    fields: a Watch's. indices: the clip's frames. box: the crop (top, left, height, width) in
+    fields: a MotionRecorder's. indices: the clip's frames. box: the crop (top, left, height, width) in
     pixels that is resized to the clip, of grid (t, h, w) tubes.
     """
     (top, left, height, width), (t, h, w) = box, grid
@@ -138,7 +138,7 @@ class MotionClips(Clips):
     """Clips with motion_mask in place of tube_mask. Vectors are kept where decoded videos are."""
 
     def read(self, path, generator):
-        watch, chosen, cache = Watch(), [], {} if self.cache is None else self.cache
+        watch, chosen, cache = MotionRecorder(), [], {} if self.cache is None else self.cache
         if ("motion", path) not in cache:
             cache.pop(path, None)  # decoded by other Clips, without its vectors
 
@@ -161,7 +161,7 @@ def motion_clips(videos, **options):
     """MotionClips, or Clips if none of 16 videos of the set has motion vectors; logs which."""
     tried, found = videos[::math.ceil(len(videos) / 16)], 0
     for path, _ in tried:
-        watch = Watch()
+        watch = MotionRecorder()
         with suppress(VideoError):
             decode(path, lambda n: [range(min(n, 16))], watch=watch)
         found += bool(watch.fields)
@@ -172,14 +172,21 @@ def motion_clips(videos, **options):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["train"]:
-        return train.main(argv[1:], clips_class=motion_clips)
     parser = train.parser_with(__doc__, "data", "root")
     parser.add_argument("--out", default="motion.png", help="the picture (default: motion.png)")
-    args = parser.parse_args(argv)
+    commands = parser.add_subparsers(dest="command", metavar="train")
+    commands.add_parser("train", add_help=False, help="pretrain with such masks; all after it are "
+                        "flags of train.py, --help too")
+    args, rest = parser.parse_known_args(argv)
+    if args.command and argv[0] == "train":
+        return train.main(argv[1:], clips_class=motion_clips)
+    if args.command or rest:
+        parser.error(f"unknown here: {' '.join(rest) or 'flags before train'}; those of train.py "
+                     "come after train")
     videos, *_ = find_videos(train.locate(args.data, args.root))
     # The toy model's tubes have four frames; two show the motion better.
-    own, tube = train.settings_for(args.data, "base"), (2, 8, 8) if args.data == "toy" else (2, 16, 16)
+    tube = (2, 8, 8) if args.data == "toy" else (2, 16, 16)
+    own = train.settings_for(args.data, "base")
     clips = motion_clips(videos, tube=tube, **{name: own[name] for name in (
         "frames", "stride", "size", "ratio")})
     if not isinstance(clips, MotionClips):

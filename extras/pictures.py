@@ -2,19 +2,14 @@
 
     python extras/pictures.py out/toy-tiny-mlp                    on the run's own videos
     python extras/pictures.py out/toy-tiny-mlp --data videos/ --split val --out pictures
-    python extras/pictures.py --curves out/toy-tiny-mlp out/toy-tiny-l2 --out curves.svg
 
 masks.png: what a mask leaves of clips. components.png: the encoder's tokens. prototypes.png: a row
 of tubes for each. clusters.png and .mp4: each place's prototype, dark where there is little to see.
---curves: the loss of runs and the spread of their features, from their log.jsonl.
+Curves of runs: python extras/curves.py
 """
 import argparse
-import itertools
-import json
-import math
 import sys
 from pathlib import Path
-from xml.sax.saxutils import escape
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +17,12 @@ from einops import rearrange
 from torchvision.utils import draw_bounding_boxes, save_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
-from data import Clips, centre_crop, centre_frames, collate, find_videos, normalise
+from data import SPLITS, Clips, centre_crop, centre_frames, collate, find_videos, normalise
 from extras.evaluate import collect
 from extras.run import DEVICE, launch
 from extras.toy import write_video
 from sigma import DINO_WIDTHS, UserError, load_model, read_checkpoint, standardise, take_tubes
 from train import locate, make_teacher, parser_with, settings_for
-
-
-COLOURS = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"  # of curves
 
 
 def slide(video, tube, forward):
@@ -54,7 +46,7 @@ def colour(x):
 
 def paint(path, video, maps, side=128):
     """Writes frames of clips (B, 3, T, S, S) as PNG, `side` pixels high, and below them their maps
-    (B, t, h, w, 3). Returns all frames as a film (T, B * side, 2 * side, 3) uint8."""
+    (B, t, h, w, 3). Returns all frames as a video (T, B * side, 2 * side, 3) uint8."""
     maps = F.interpolate(maps.movedim(-1, 1).float(), video.shape[2:])
     both = F.interpolate(torch.cat([video, maps]), (video.shape[2], side, side), mode="area")
     rows = rearrange(both[:, :, ::-(-both.shape[2] // 8)], "(n b) c t h w -> (b n) t c h w", n=2)
@@ -115,82 +107,28 @@ def show(model, clips, teacher, out, workers):
     show_prototypes(out / "prototypes.png", clips, looks, len(model.prototypes), tube)
     contrast, number, _ = slide(normal, tube, look).unbind(dim=-1)
     shade = (contrast / contrast.quantile(0.75)).clamp(0, 1)[..., None]
-    film = paint(out / "clusters.png", video, colour(model.prototypes)[number.long()] * shade)
-    write_video(out / "clusters.mp4", film)
+    painted = paint(out / "clusters.png", video, colour(model.prototypes)[number.long()] * shade)
+    write_video(out / "clusters.mp4", painted)
     print(f"wrote masks, components, prototypes and clusters to {out}")
 
 
-def panel(title, curves, left):
-    """SVG of curves, [(points (step, value), style)]; the axis of values is logarithmic."""
-    steps, values = zip(*(point for curve, _ in curves for point in curve))
-    last, low, high = max(steps), math.floor(math.log10(min(values))), math.log10(max(values))
-    high = max(math.ceil(high), low + 1)
-    tick = next(m * 10 ** e for e in range(12) for m in (1, 2, 5) if last <= 5 * m * 10 ** e)
-
-    def place(step, value):
-        return f"{390 * step / last:.1f},{250 * (high - math.log10(value)) / (high - low):.1f}"
-
-    svg = [f'<g transform="translate({left},45)"><text y="-18" font-weight="bold">{title}</text>',
-           '<text x="195" y="292" text-anchor="middle">step</text>']
-    for e in range(low, high + 1, math.ceil((high - low) / 8)):
-        svg.append(f'<g transform="translate({place(0, 10 ** e)})"><path d="M0 0h390" stroke="#ddd"'
-                   f'/><text x="-8" y="5" text-anchor="end">{10.0 ** e:g}</text></g>')
-    for step in range(0, last + 1, tick):
-        svg.append(f'<g transform="translate({place(step, 10 ** low)})"><path d="M0 0v5" stroke='
-                   f'"#444"/><text y="21" text-anchor="middle">{step:,}</text></g>')
-    svg += [f'<polyline points="{" ".join(place(*point) for point in curve)}" {style}/>'
-            for curve, style in curves]
-    return [*svg, '<path d="M0 0v250h390" fill="none" stroke="#444"/></g>']
-
-
-def draw_curves(runs, path):
-    """Writes an SVG of the runs' losses and the spread of their features. Raises UserError if a
-    run's log holds none."""
-    solid, dashed = 'fill="none" stroke-width="2" stroke="{}"'.format, ' stroke-dasharray="6 4"'
-    losses, spreads, keys = [], [], []
-    for run, colour in zip(runs, itertools.cycle(COLOURS)):
-        lines = [json.loads(line) for line in open(Path(run, "log.jsonl"), encoding="utf-8")]
-        lines, style = lines[::math.ceil(len(lines) / 400) or 1], solid(colour)
-        curves = [[(line["step"], line[name]) for line in lines if line.get(name)]  # 0 has no place
-                  for name in ("loss", "video_std", "projection_std")]
-        if not all(curves):
-            raise UserError(f"{run}/log.jsonl has no loss, video_std and projection_std: it is no "
-                            "pretraining run, or one of an older version")
-        losses.append((curves[0], style))
-        spreads += [(curves[1], style), (curves[2], style + dashed)]
-        keys.append((escape(Path(run).resolve().name), style))
-    keys += [("video model", solid("#888")), ("projection network", solid("#888") + dashed)]
-    height = 360 + 24 * math.ceil(len(keys) / 4)  # four keys in a row
-    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 980 {height}" font-size="14" '
-           'font-family="sans-serif" fill="#222"><rect width="100%" height="100%" fill="#fff"/>',
-           *panel("loss", losses, 65),
-           *panel("spread of the features (standard deviation)", spreads, 560)]
-    svg += [f'<g transform="translate({65 + 230 * (i % 4)},{362 + i // 4 * 24})"><path d="M0 0h30" '
-            f'{style}/><text x="38" y="5">{name}</text></g>'
-            for i, (name, style) in enumerate(keys)]
-    path.write_text("\n".join([*svg, "</svg>\n"]), encoding="utf-8")
-    print(f"wrote {path}")
-
-
 def main(argv=None):
-    """Pictures of a checkpoint, or curves of runs."""
+    """Pictures of a checkpoint, on the videos of its run or others."""
     parser = parser_with(__doc__, "data", "root", "teacher")
     parser.set_defaults(data=None)  # the run's
     add = parser.add_argument
     add("checkpoint", type=Path, nargs="?", help="of pretraining: a file, or a run's folder")
     add("--split", default="train", help="train (default), val or test")
-    add("--curves", nargs="+", metavar="RUN", help="folders of runs, for one SVG of all")
-    add("--out", type=Path, help="folder to write to (default: the checkpoint's); or the SVG")
+    add("--curves", nargs="*", help=argparse.SUPPRESS)  # as it was
+    add("--out", type=Path, help="folder to write to (default: the checkpoint's)")
     args = parser.parse_args(argv)
-    if bool(args.curves) == bool(args.checkpoint):
-        parser.error("give a checkpoint, or runs after --curves")
-    if args.curves:
-        return draw_curves(args.curves, args.out or Path("curves.svg"))
+    if args.curves is not None or not args.checkpoint:
+        parser.error("give a checkpoint; curves of runs are drawn by: python extras/curves.py")
     content, model = read_checkpoint(args.checkpoint), load_model(args.checkpoint).to(DEVICE).eval()
     run = settings_for("k400", "base") | content.get("args", {})
     data = args.data or (not args.root and run.get("root")) or run.get("data", "k400")
-    splits = ("train", "") if args.split == "train" else (args.split,)
-    videos, *_ = find_videos(locate(data, args.root), splits)
+    videos, *_ = find_videos(locate(data, args.root),
+                             SPLITS["train"] if args.split == "train" else (args.split,))
     if not videos:
         raise UserError(f"there are no {args.split} videos in {data}")
     videos = videos[::-(-len(videos) // 1024)]

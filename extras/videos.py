@@ -15,7 +15,7 @@ that DIR lacks (of Kinetics it always lacks some) are named in missing.txt.
 `prepare` writes all frames at their times as H.264: upright, short side 256, a key frame every 32
 frames, B-frames that no other needs, no sound. Folders and names stay, except that all end in .mp4
 (existing lists still work); a.avi beside a.mp4 keeps its name. Lists come along, absolute paths in
-them lead to the new videos. Stopped, it goes on where it was; what is there already stays.
+them lead to the new videos. Run the same command again to resume; what is there already stays.
 """
 import csv
 import errno
@@ -31,9 +31,9 @@ import av
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
-from data import (REFORMATTER, SUFFIXES, VideoError, all_frames, decode, find_videos, in_parallel,
+from data import (REFORMATTER, SPLITS, SUFFIXES, VideoError, all_frames, decode, find_videos, in_parallel,
                   opened, quarter_turns)
-from extras.run import RunError, claim, launch, log
+from extras.run import RunError, claim, draft_of, launch, log
 from sigma import UserError
 from train import at_least, parser_with
 
@@ -50,36 +50,46 @@ def tables(root, pattern):
     return [(path.name, path.read_text("utf-8-sig", "surrogateescape")) for path in found]
 
 
-def entries(name, root, number):
+def k400_rows(root, _):
     """(split, video, label) for each row of a set's tables. video: the name of its file without
-    suffix, for ucf101 and hmdb51 behind its folder's; number: which of their splits."""
-    if name == "k400":
-        rows = [row for _, table in tables(root, "*.csv")
-                for row in csv.DictReader(table.splitlines())
-                if {"label", "youtube_id"} <= row.keys()]
-        labels = {name: i for i, name in enumerate(sorted({row["label"] for row in rows}))}
-        for row in rows:
-            start, end = int(row["time_start"]), int(row["time_end"])
-            split = row["split"].replace("validate", "val")
-            yield split, f"{row['youtube_id']}_{start:06}_{end:06}", labels[row["label"]]
-    if name == "ssv2":
-        labels = json.loads(tables(root, "*labels.json")[0][1])
-        for split, pattern in (("train", "*train.json"), ("val", "*validation.json")):
-            for row in json.loads(tables(root, pattern)[0][1]):
-                yield split, row["id"], int(labels[re.sub(r"[][]", "", row["template"])])
-    if name == "ucf101":
-        words = tables(root, "classInd.txt")[0][1].split()
-        labels = {name: int(i) - 1 for i, name in zip(words[::2], words[1::2])}
-        for split, part in (("train", "train"), ("val", "test")):
-            for word in tables(root, f"{part}list{number:02}.txt")[0][1].split():
-                if "/" in word:  # else a label
-                    yield split, word.removesuffix(".avi"), labels[word.split("/")[0]]
-    if name == "hmdb51":
-        for label, (file, table) in enumerate(tables(root, f"*_test_split{number}.txt")):
-            words, folder = table.split(), file.split("_test_split")[0]
-            for video, use in zip(words[::2], words[1::2]):
-                split = {"1": "train", "2": "val"}.get(use)
-                yield split, f"{folder}/{video.removesuffix('.avi')}", label
+    suffix, for ucf101 and hmdb51 behind its folder's. The number tells which of their splits."""
+    rows = [row for _, table in tables(root, "*.csv") for row in csv.DictReader(table.splitlines())
+            if {"label", "youtube_id"} <= row.keys()]
+    labels = {name: i for i, name in enumerate(sorted({row["label"] for row in rows}))}
+    for row in rows:
+        start, end = int(row["time_start"]), int(row["time_end"])
+        split = row["split"].replace("validate", "val")
+        yield split, f"{row['youtube_id']}_{start:06}_{end:06}", labels[row["label"]]
+
+
+def ssv2_rows(root, _):
+    """As k400_rows."""
+    labels = json.loads(tables(root, "*labels.json")[0][1])
+    for split, pattern in (("train", "*train.json"), ("val", "*validation.json")):
+        for row in json.loads(tables(root, pattern)[0][1]):
+            yield split, row["id"], int(labels[re.sub(r"[][]", "", row["template"])])
+
+
+def ucf101_rows(root, number):
+    """As k400_rows."""
+    words = tables(root, "classInd.txt")[0][1].split()
+    labels = {name: int(i) - 1 for i, name in zip(words[::2], words[1::2])}
+    for split, part in (("train", "train"), ("val", "test")):
+        for word in tables(root, f"{part}list{number:02}.txt")[0][1].split():
+            if "/" in word:  # else a label
+                yield split, word.removesuffix(".avi"), labels[word.split("/")[0]]
+
+
+def hmdb51_rows(root, number):
+    """As k400_rows."""
+    for label, (file, table) in enumerate(tables(root, f"*_test_split{number}.txt")):
+        words, folder = table.split(), file.split("_test_split")[0]
+        for video, use in zip(words[::2], words[1::2]):
+            split = {"1": "train", "2": "val"}.get(use)
+            yield split, f"{folder}/{video.removesuffix('.avi')}", label
+
+
+ROWS = {"k400": k400_rows, "ssv2": ssv2_rows, "ucf101": ucf101_rows, "hmdb51": hmdb51_rows}
 
 
 def files_below(root):
@@ -89,11 +99,10 @@ def files_below(root):
 
 
 def write(path, lines):
-    """Writes lines under another name, then renames the file: it is complete or not there."""
+    """Writes lines to a file, which is complete or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.unfinished")
-    draft.write_bytes(os.fsencode("".join(lines)))
-    draft.replace(path)
+    with draft_of(path) as draft:
+        draft.write_bytes(os.fsencode("".join(lines)))
     log(f"{path}: {len(lines):,} lines")
 
 
@@ -103,7 +112,7 @@ def lists(args):
     if (out / "train.csv").exists() or (out / "val.csv").exists():
         raise UserError(f"{out} has lists already: choose another --out")
     try:
-        rows = [row for row in entries(args.set, root, args.split) if row[0] in ("train", "val")]
+        rows = [row for row in ROWS[args.set](root, args.split) if row[0] in ("train", "val")]
     except (ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
         raise UserError(f"the tables in {root} can't be read: {error!r}") from error
     videos, found = {}, {"train.csv": [], "val.csv": [], "missing.txt": []}
@@ -141,7 +150,7 @@ def check(args):
     if out.exists():
         raise UserError(f"{out} is there already: choose another --out")
     classes, bad = None, []
-    for split, places in (("train", ("train", "")), ("val", ("val", "test"))):
+    for split, places in SPLITS.items():
         videos, classes, skipped = find_videos(args.folder, places, classes)
         found = list(in_parallel(problem, videos, args.workers, f"checks {split}"))
         good = [f"{os.path.abspath(path)} {label}\n"  # -1: it has none
@@ -221,7 +230,7 @@ def prepare(args):
                 write(goal, lines.splitlines(keepends=True))
         for (path, *_), reason in in_parallel(re_encode, jobs, args.workers, "preparing"):
             if reason == FULL:
-                raise RunError(f"{FULL} for {target}: make some, the same command goes on")
+                raise RunError(f"{FULL} for {target}: make some, then run the same command again to resume")
             if reason:
                 bad.append(f"{path}: {reason}\n")
         write(target / "bad.txt", bad)
@@ -234,7 +243,7 @@ def main(argv=None):
         command = commands.add_parser(work.__name__, help=work.__doc__)
         command.set_defaults(work=work)
         if work is lists:
-            command.add_argument("set", choices=["k400", "ssv2", "ucf101", "hmdb51"])
+            command.add_argument("set", choices=ROWS)
             command.add_argument("--split", type=int, default=1, choices=[1, 2, 3])
         else:
             command.add_argument("--workers", type=at_least(0), default=os.cpu_count())
