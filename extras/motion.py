@@ -57,8 +57,8 @@ class MotionRecorder:
 
 
 def motion_field(vectors, height, width, turns=0):
-    """A field as in MotionRecorder, but in pixels, of a coded frame's vectors. turns: by 90 degrees
-    anticlockwise, from the coded frame (height, width) to the upright picture."""
+    """A field as in MotionRecorder, but in pixels, of a coded frame's vectors. turns: by 90
+    degrees anticlockwise, from the coded frame (height, width) to the upright picture."""
     y, x, h, w, down, right, scale = (
         torch.from_numpy(vectors[name][vectors["source"] < 0].astype("float32"))
         for name in ("dst_y", "dst_x", "h", "w", "motion_y", "motion_x", "motion_scale"))

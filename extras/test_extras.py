@@ -20,13 +20,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.utils import save_image
 
 import data
 import sigma
 import train
 from data import decode, find_videos, normalise
-from extras import bench, features, finetune, motion, pictures, segment, videos, weights
+from extras import bench, check, curves, features, finetune, motion, pictures, segment, videos, weights
 from extras import toy as toy_set
 from extras.finetune import Classifier
 from extras.run import RunError, launch, loader
@@ -665,70 +666,139 @@ class TestWeights:
 
 
 class TestBench:
-    def test_bench_names_the_bottleneck(self, toy, capsys, monkeypatch):
-        monkeypatch.setattr(bench, "seconds", lambda work: work() is None or 1)  # once, as if 1 s
+    @pytest.fixture
+    def figures(self, toy, monkeypatch):
+        """What bench.py finds with flags, each time as if it were a second."""
+        monkeypatch.setattr(bench, "seconds", lambda work: work() is None or 1)
         monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-        assert run(bench, "--data", "toy", "--batch-size", 8, "--target", "dino-s") == 0
-        shown = {line[:26].strip(): line[26:].split()
-                 for line in capsys.readouterr().out.splitlines()}
-        assert shown["training step"][0] == "8.00" and shown["bottleneck"][0] == "model"
-        assert {"teacher", "Sinkhorn", "peak memory", "hours of the recipe"} <= set(shown)
 
-    def test_the_check_names_what_fails_and_goes_on(self, capsys, monkeypatch):
-        python = sys.executable
-        commands = [("first", [python, "missing.py"]), ("second", [python, "-m", "timeit", "1/0"]),
-                    ("third", [python, "--version"])]
-        monkeypatch.setattr(bench, "parts", lambda: commands)
-        assert run(bench, "--check") == 1
+        def found(*flags):
+            assert run(bench, "--data", "toy", *flags, "--out", "found.json") == 0
+            return read_json(".", "found.json")
+        return found
+
+    def test_bench_names_the_bottleneck(self, figures, monkeypatch):
+        monkeypatch.setattr(bench, "measure_loader", lambda *_: 7.0)
+        assert figures("--batch-size", 8)["bottleneck"] == "loader"
+        assert figures("--batch-size", 6)["bottleneck"] == "model"
+
+    def test_a_recipe_takes_all_its_clips_at_the_step_s_speed(self, figures):
+        found = figures("--batch-size", 8)
+        assert found["clips_per_second"] == 8
+        assert found["hours"] == pytest.approx(8192 * 16 / 8 / 3600)
+
+    def test_bench_times_teacher_and_sinkhorn(self, figures):
+        assert figures("--batch-size", 2, "--target", "dino-s").keys() >= {
+            "teacher", "sinkhorn", "loss", "sinkhorn_matvecs"}
+
+    def test_memory_is_counted_without_computing(self):
+        """The weights are 4 bytes each, Adam's state 8; a clip more takes more."""
+        args = argparse.Namespace(data="toy", target="mlp", amp="off")
+        one, two, four = (bench.count_memory(args, "tiny", n) for n in (8, 16, 32))
+        weights = 4 * sum(p.numel() for p in build_model("tiny").parameters())
+        assert one["Parameter"] == pytest.approx(weights, rel=0.01)
+        assert one["Optstate"] == pytest.approx(2 * weights, rel=0.01)
+        assert four["Total"] - two["Total"] == pytest.approx(2 * (two["Total"] - one["Total"]), rel=0.1)
+
+    def test_commands_that_have_moved_say_where(self, capsys):
+        assert run(bench, "--check") == 2 and "extras/check.py" in capsys.readouterr().err
+
+
+def write_log(out, losses):
+    put({"log.jsonl": "\n".join(json.dumps(dict(step=step, loss=loss))
+                                for step, loss in losses.items())}, out)
+
+
+class TestCheck:
+    def test_a_part_that_fails_is_named_and_the_others_run(self, monkeypatch, capsys):
+        def fail(folder, limit):
+            raise RunError("broken")
+
+        monkeypatch.setattr(check, "make_toy", lambda *_, **__: None)
+        monkeypatch.setattr(check, "parts", lambda: {"one": fail, "two": lambda *_: "fine"})
+        assert run(check) == 1
         shown, errors = capsys.readouterr()
-        rows = [line.split(" | ") for line in shown.splitlines() if line.startswith("| ")][1:]
-        assert [row[1] for row in rows] == ["**fails**", "**fails**", "works"]
-        assert "missing.py" in rows[0][2] and "division by zero" in rows[1][2]
-        assert rows[2][2].startswith("Python 3") and "first, second" in errors
-        commands[:2] = []
-        assert run(bench, "--check") == 0
+        assert "| one | **fails** | broken |" in shown and "| two | works | fine |" in shown
+        assert "1 parts fail: one" in errors
+
+    def test_a_command_s_error_is_its_last_line(self):
+        with pytest.raises(RunError, match="division by zero"):
+            check.run_command([sys.executable, "-c", "1 / 0"], ".", 60)
+
+    def test_a_command_that_takes_too_long_ends_with_all_it_started(self):
+        script = "sleep 60 & echo $! > pid; wait"
         with pytest.raises(RunError, match="not done"):
-            bench.apart(["sleep", "60"], "/", 0.1)
+            check.run_command(["sh", "-c", script], ".", 0.5)
+        state = Path("/proc", Path("pid").read_text().strip(), "stat")
+        assert not state.exists() or state.read_text().split()[2] == "Z"
+
+    def test_a_command_is_stopped_on_demand(self):
+        script = "trap 'echo stopped; exit 0' TERM; touch ready; while :; do sleep 0.1; done"
+        assert check.run_command(["sh", "-c", script], ".", 60, Path("ready").exists) == "stopped\n"
+
+    def test_the_mean_loss_weighs_each_line_by_its_steps(self):
+        write_log("run", {1: 8.0, 10: 4.0})
+        assert check.losses("run") == (10, pytest.approx((8 + 9 * 4) / 10))
+
+    @pytest.mark.parametrize("log, reason", [
+        ({60: 5.0}, None), ({60: 5.2}, "apart"), ({59: 5.0}, "ended after step 59")])
+    def test_a_run_must_end_with_the_loss_of_another(self, log, reason, monkeypatch):
+        monkeypatch.setattr(check, "run_command", lambda *_, **__: write_log("here", log))
+        write_log("there", {60: 5.01})
+        with pytest.raises(RunError, match=reason) if reason else contextlib.nullcontext():
+            check.train(Path.cwd(), 60, "here", like="there")
+
+    def test_sinkhorn_in_another_precision_must_agree(self, monkeypatch):
+        assert run(check, "--sinkhorn") == 0
+        monkeypatch.setattr(check, "sinkhorn", lambda scores, eps, hard=False: sigma.sinkhorn(
+            scores, eps if scores.dtype == torch.float64 else 1.1 * eps, hard=hard))
+        assert run(check, "--sinkhorn") == 1
+
+    def test_speed_is_that_of_as_many_clips_as_fit(self, monkeypatch):
+        def command(words, folder, limit):
+            if int(words[words.index("--batch-size") + 1]) > 12:
+                raise RunError("error: out of GPU memory: lower --batch-size")
+            Path("speed.json").write_text(json.dumps(dict.fromkeys((
+                "clips_per_second", "mfu", "matmul_flops", "sinkhorn", "loss", "peak_memory"), 1)))
+
+        monkeypatch.setattr(check, "run_command", command)
+        assert "10 at a time (40 don't fit)" in check.speed(Path.cwd(), 60, "large", 40)
+
+
+class TestNoData:
+    """The forward pass on a GPU that need not be there: tensors have a device and a shape, but no
+    data. What mixes devices raises, and what reads a value back, which would make the CPU wait."""
 
     @pytest.fixture
-    def part(self, monkeypatch):
-        """Runs a part of the check in this process, without the time limit that would end it."""
-        monkeypatch.setattr(bench.faulthandler, "dump_traceback_later", lambda *_, **__: None)
-        monkeypatch.setattr(bench.run, "LOG_STEPS", bench.run.LOG_STEPS)  # put back afterwards
-        return lambda *flags: run(bench, "--part", *flags)
+    def cuda(self, monkeypatch):
+        index = sigma.split_mask(tube_mask(2, (2, 4, 4), 0.75))  # a real one is read on the CPU
+        monkeypatch.setattr(sigma, "split_mask", lambda mask, device: [
+            torch.zeros_like(x, device=device) for x in index])
+        monkeypatch.setattr(nn.init, "trunc_normal_", lambda x, *_, **__: x)  # reads values
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield torch.device("cuda")
 
-    def test_the_check_only_runs_commands_that_there_are(self, part, monkeypatch):
-        monkeypatch.setattr(bench, "PARTS", dict.fromkeys(bench.PARTS, lambda args: None))
-        for _, command in bench.parts():
-            assert part(*command[command.index("--part") + 1:]) == 0
+    @pytest.mark.parametrize("target", ["mlp", "pixel", "l2", "dino-s"])
+    def test_pretraining_stays_on_the_gpu(self, target, cuda):
+        with cuda:
+            model = build_model("tiny", target=target)
+            teacher = sigma.Teacher(toy_set.random_dino(384, 1), (4, 8, 8))
+            video = torch.zeros(2, 3, 8, 32, 32)
+            if target == "dino-s":
+                model.prototypes = nn.Parameter(torch.zeros(128, 384))
+                model.decoder.head = nn.Linear(64, 384)
+        features = teacher(video) if target == "dino-s" else None
+        loss, stats = model(video, torch.zeros(2, 32, dtype=torch.bool, device="cpu"), features)
+        assert {x.device.type for x in (loss, *stats.values())} == {"cuda"}
+        loss.backward()
 
-    def test_the_check_compares_losses(self, part, toy, capsys):
-        """The first with the CPU's, and the last of a resumed run with that of a whole one."""
-        long = ["--amp", "bf16", "--max-steps", 8, "--out"]
-        assert part("toy", "--amp", "off", "--max-steps", 1, "--out", "cpu-mlp") == 0
-        for kind, out in (("toy", "toy-bf16"), ("stop", "stopped"), ("resume", "stopped")):
-            assert part(kind, *long, out) == 0
-        for kind, out, like, step in (("resume", "stopped", "toy-bf16", 8),
-                                      ("toy", "again", "cpu-mlp", 1)):
-            Path(like, "log.jsonl").write_text(json.dumps(dict(step=step, loss=20)))
-            assert part(kind, *long, out) == 1 and f"{like} 20.0" in capsys.readouterr().err
-
-    def test_the_check_compares_sinkhorn(self, part, monkeypatch):
-        assert part("sinkhorn") == 0
-        monkeypatch.setattr(bench, "sinkhorn", lambda scores, eps, hard=False: sigma.sinkhorn(
-            scores, eps if scores.dtype == torch.float64 else 1.1 * eps, hard=hard))
-        assert part("sinkhorn") == 1
-
-    def test_the_check_takes_as_many_clips_as_fit(self, part, monkeypatch, capsys):
-        def measure(args, name, batch):
-            if batch > most:
-                raise torch.OutOfMemoryError
-            return dict.fromkeys(("rate", "share", "product", "sinkhorn", "loss", "peak"), 1.0)
-
-        monkeypatch.setattr(bench, "measure", measure)
-        for most, code in ((12, 0), (0, 1)):
-            assert part("speed", "--model", "large", "--batch-size", 40) == code
-        assert "10 at a time (40 don't fit)" in capsys.readouterr().out
+    def test_fine_tuning_stays_on_the_gpu(self, cuda):
+        with cuda:
+            network = Classifier(build_model("tiny").encoder, 5, drop_path=0.1)
+            video, labels = torch.zeros(2, 3, 8, 32, 32), torch.zeros(2, dtype=torch.long)
+        loss = nn.CrossEntropyLoss(label_smoothing=0.1)(network(video).float(), labels)
+        loss.backward()
+        assert loss.device.type == "cuda"
 
 
 class TestPictures:
@@ -737,8 +807,8 @@ class TestPictures:
         t, y, x = torch.meshgrid(*(torch.arange(float(n)) for n in (8, size, size)), indexing="ij")
         video, tube = (8 * t + y / 4 + 128 / size * x).expand(1, 3, -1, -1, -1), (4, 8, 8)
         maps = pictures.slide(video, tube, lambda x: sigma.take_tubes(x, tube).mean(dim=(3, 4, 5)))
-        film = pictures.paint("a.png", video, maps)[:, 16:-16].float()
-        error = (film[:, :, 16:112] - film[:, :, 144:240]).abs().mean(dim=(1, 2, 3))
+        painted = pictures.paint("a.png", video, maps)[:, 16:-16].float()
+        error = (painted[:, :, 16:112] - painted[:, :, 144:240]).abs().mean(dim=(1, 2, 3))
         assert error[2:6].max() < 6 if size == 32 else error.max() < 20
 
     def test_the_framed_tube_is_at_its_place(self):
@@ -752,21 +822,27 @@ class TestPictures:
     @pytest.mark.parametrize("target, more", [
         ("pixel", set()), ("l2", set()),  # they have no prototypes to show
         ("mlp", {"prototypes.png", "clusters.png", "clusters.mp4"})])
-    def test_pictures_and_a_film_that_plays_are_written(self, target, more, toy):
+    def test_pictures_and_a_video_that_plays_are_written(self, target, more, toy):
         assert run(train, "--target", target, "--max-steps", 1, "--out", "new") == 0
         assert run(pictures, "new", "--split", "val", "--out", "shown") == 0
         assert set(os.listdir("shown")) == {"masks.png", "components.png"} | more
         if more:
-            film, = decode("shown/clusters.mp4", lambda n: [range(n)])
-            assert film.shape == (8, 3, 512, 256)
+            played, = decode("shown/clusters.mp4", lambda n: [range(n)])
+            assert played.shape == (8, 3, 512, 256)
 
+    def test_curves_have_moved(self, capsys):
+        assert run(pictures, "--curves", "run") == 2
+        assert "extras/curves.py" in capsys.readouterr().err
+
+
+class TestCurves:
     def test_curves_of_runs_are_drawn_where_their_logs_say(self):
         """Both runs in both panels; what is 10 times as small is one decade lower."""
         for name, factor in (("a&b", 1), ("c", 0.1)):
             log = [dict(step=step, loss=factor * 10 / step, video_std=factor, projection_std=2 * factor)
                    for step in (1, 10, 100)]
             put({"log.jsonl": "\n".join(map(json.dumps, log))}, name)
-        assert run(pictures, "--curves", "a&b", "c", "--out", "curves.svg") == 0
+        assert run(curves, "a&b", "c", "--out", "curves.svg") == 0
         lines = [[[float(x) for x in point.split(",")] for point in line.get("points").split()]
                  for line in ElementTree.parse("curves.svg").iterfind(".//{*}polyline")]
         first, second, *spreads = lines
@@ -776,9 +852,10 @@ class TestPictures:
         assert second[0][1] - first[0][1] == pytest.approx(decade, abs=0.2)
         assert first[2][0] == pytest.approx(100 * first[0][0], rel=0.02)
         assert spreads[0][0][1] == spreads[0][2][1] < spreads[2][0][1]
+
+    def test_a_log_without_spreads_is_refused(self):
         put({"c/log.jsonl": '{"step": 1, "loss": 1}'})
-        assert run(pictures, "--curves", "a&b", "c") == 2
-        assert run(pictures, "run", "--curves", "a&b") == 2
+        assert run(curves, "c") == 2 and not Path("curves.svg").exists()
 
 
 def write_pan(path, right=3, still=0, codec="libx264", options=videos.H264):
@@ -811,7 +888,7 @@ class TestMotion:
         ("default.mp4", "libx264", {}), ("mpeg4.avi", "mpeg4", {"bf": "2", "b": "2M"})])
     def test_vectors_of_a_known_pan_are_right_nine_times_of_ten(self, name, codec, options):
         """Within half a pixel a frame; the content moves against the window."""
-        watch = motion.Watch()
+        watch = motion.MotionRecorder()
         write_pan(name, codec=codec, options=options)
         for _ in range(2):  # decode may have to start again
             decode(name, lambda n: [range(0, 32, 2)], watch=watch)
@@ -824,7 +901,7 @@ class TestMotion:
     @pytest.mark.parametrize("turns", range(4))
     def test_vectors_tell_where_each_pixel_of_the_upright_frame_comes_from(self, turns):
         """However the file is turned. A part stands still, so that directions and places count."""
-        watch = motion.Watch()
+        watch = motion.MotionRecorder()
         write_pan("v.mp4", still=80)
         turn("v.mp4", turns)
         frames = decode("v.mp4", lambda n: [range(8)], watch=watch)[0].float().mean(dim=1)
@@ -867,13 +944,13 @@ class TestMotion:
         flags = ["--epochs", "2", "--batch-size", "16", "--accum", "1", "--out"]
         assert run(motion, "train", *flags, "whole") == 0
         assert run(motion, "train", *flags, "parts", "--max-steps", 3) == 0
-        assert run(train, *flags, "parts") == 2  # would go on with other masks
+        assert run(train, *flags, "parts") == 2  # would resume with other masks
         assert run(motion, "train", *flags, "parts") == 0
         assert same(saved("whole/last.pt")["model"], saved("parts/last.pt")["model"])
         assert "follow motion" in capsys.readouterr().out
         assert run(motion, "--out", "motion.png") == 0 and Path("motion.png").exists()
 
-    def test_a_set_without_vectors_goes_on_with_tube_masks(self):
+    def test_a_set_without_vectors_gets_tube_masks(self):
         save_image(torch.rand(3, 32, 32), "a.png")
         clips = motion.motion_clips(find_videos(".")[0], frames=2, stride=1, size=32)
         assert type(clips) is data.Clips
