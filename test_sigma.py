@@ -333,17 +333,9 @@ class TestMethod:
         parts, imports = re.search(rf"^\| `{name}` \|(.*)\|(.*)\|$", page, re.M).groups()
         sources = [inspect.getsource(getattr(sigma, part))
                    for part in [*re.findall("`(.*?)`", parts), name]]
-        lines = re.findall("`(.*?)`", imports)
-        for without in [None, *lines]:  # each import is needed; torch for the call anyway
-            kept = [line for line in lines if line != without]
-            space = {}  # an empty file
-            try:
-                exec("\n".join([*kept, *sources]), space)
-                eval(call, {"torch": torch, name: space[name]})
-            except NameError:
-                assert without
-            else:
-                assert without is None
+        space = {}  # an empty file
+        exec("\n".join([*re.findall("`(.*?)`", imports), *sources]), space)
+        assert eval(call, {"torch": torch, name: space[name]})
 
 
 def write_numbered(path, codec="libx264", times=range(60), rate=25, sound=None, **options):
