@@ -44,8 +44,9 @@ HERE = Path(__file__).resolve().parent
 AUTHORS = json.loads((HERE / "assets" / "authors.json").read_text())
 SIZE, TUBE, GRID = (4, 32, 32), (2, 8, 8), (2, 4, 4)  # a clip, a tube, a clip in tubes
 torch.manual_seed(0)
-VIDEO, MASK = torch.randn(4, 3, *SIZE).double(), tube_mask(4, GRID, 0.75)
-VISIBLE, HIDDEN = split_mask(MASK)
+VIDEO = torch.randn(4, 3, *SIZE).double()
+MASK = (torch.rand(4, 16).argsort(dim=1) < 12).repeat(1, 2)  # by hand: 12 of 16 places are hidden
+VISIBLE, HIDDEN = (rows.nonzero()[:, 1].view(4, -1) for rows in (~MASK, MASK))
 FEATURES = torch.randn(4, 32, 16).double()  # as a teacher gives them
 MEAN, STD = (torch.tensor(numbers, dtype=torch.double).view(3, 1, 1, 1)
              for numbers in (sigma.IMAGENET_MEAN, sigma.IMAGENET_STD))
@@ -320,16 +321,21 @@ class TestMethod:
                 load_model(name)
         assert not Path("harm").exists()
 
-    def test_parts_can_be_copied_with_their_imports(self):
-        source = inspect.getsource(sigma)
-        imports = "\n".join(re.findall("^import .*|^from .*", source, re.M))
-        encoder = source[source.index("def take_tubes"):source.index("class Decoder")]
-        parts = {"tube_mask(2, (2, 4, 4))": inspect.getsource(tube_mask),
-                 "sinkhorn(torch.rand(9, 4))": inspect.getsource(sinkhorn),
-                 "symmetric_loss": inspect.getsource(sigma.symmetric_loss),
-                 "Encoder(dim=32, depth=1, heads=2)(torch.rand(1, 3, 2, 32, 32))": encoder}
-        for call, part in parts.items():
-            exec(f"{imports}\n{part}\n{call}", {})
+    @pytest.mark.parametrize("call", [
+        "tube_mask(2, (2, 4, 4)).shape", "sinkhorn(torch.rand(9, 4), hard=True).shape",
+        "[x.shape for x in compare(torch.rand(2, 3, 4), torch.rand(2, 3, 4), torch.eye(4))]",
+        "symmetric_loss(*torch.rand(2, 9, 4), *torch.rand(2, 9, 4).softmax(dim=2))[0].shape",
+        "Encoder(dim=32, depth=1, heads=2)(torch.rand(1, 3, 2, 32, 32)).shape"])
+    def test_parts_run_in_an_empty_file_with_the_imports_that_the_page_names(self, call):
+        """The table in extras/ideas.md: what is copied, with which parts, with which imports."""
+        name = re.search(r"tube_mask|sinkhorn|compare|symmetric_loss|Encoder", call)[0]
+        page = (HERE / "extras" / "ideas.md").read_text(encoding="utf-8")
+        parts, imports = re.search(rf"^\| `{name}` \|(.*)\|(.*)\|$", page, re.M).groups()
+        sources = [inspect.getsource(getattr(sigma, part))
+                   for part in [*re.findall("`(.*?)`", parts), name]]
+        space = {}  # an empty file
+        exec("\n".join([*re.findall("`(.*?)`", imports), *sources]), space)
+        assert eval(call, {"torch": torch, name: space[name]})
 
 
 def write_numbered(path, codec="libx264", times=range(60), rate=25, sound=None, **options):

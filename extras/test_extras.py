@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -28,6 +29,7 @@ import sigma
 import train
 from data import decode, find_videos, normalise
 from extras import bench, check, curves, features, finetune, motion, pictures, segment, videos, weights
+from extras import sinkhorn as sinkhorn_script
 from extras import toy as toy_set
 from extras.finetune import Classifier
 from extras.run import RunError, launch, loader
@@ -1025,3 +1027,66 @@ class TestSegment:
         assert run(segment, "--root", ".", "--init", "run", "--out", "trained") == 0
         trained = read_json("trained")["args"]  # clips like those of the run
         assert (trained["frames"], trained["size"]) == (8, 32)
+
+
+class TestPages:
+    """The pages beside the scripts say what runs."""
+
+    def snippets(self, page):
+        text = (Path(__file__).parent / page).read_text(encoding="utf-8")
+        return re.findall(r"```python\n(.*?)```", text, re.S)
+
+    def test_the_answers_print_what_they_say(self, capsys):
+        space = {}
+        for snippet in self.snippets("questions.md"):
+            exec(snippet, space)
+            said = re.findall(r"^(?:print\(.*\)  )?# (.*)$", snippet, re.M)
+            assert said == capsys.readouterr().out.splitlines(), snippet
+
+    def test_ideas_run_and_resume_under_their_own_name_only(self, toy):
+        ideas = dict.fromkeys(("BlockMask", "Centred", "MovingAverage"))
+        space = {}
+        exec(self.snippets("ideas.md")[0], space)
+        for name in ideas:
+            out = Path("out", f"toy-tiny-mlp-{name}")
+            assert (out / "last.pt").exists()
+            assert run(train, "--max-steps", 2, "--out", out) == 2  # without the class
+        train.main(["--max-steps", "2"], model_class=space["MovingAverage"])
+        model = torch.load("out/toy-tiny-mlp-MovingAverage/last.pt")["model"]
+        name = "blocks.0.attn.qkv.weight"
+        assert not torch.equal(model[f"average.{name}"], model[f"encoder.{name}"])
+
+    def test_an_idea_of_a_mask_and_of_an_assignment_do_what_they_say(self, toy):
+        space = {}
+        exec(self.snippets("ideas.md")[0], space)
+        clips = space["BlockMask"]([], frames=8, stride=1, size=32, tube=(4, 8, 8), repeat=3)
+        mask = clips.masks(data.seeded(0)).view(3, 2, 4, 4)
+        assert ((~mask).sum(dim=(2, 3)) == 4).all() and (mask == mask[:, :1]).all()
+        scores = torch.tensor([[0.9, 0.0], [0.9, 0.4], [0.8, 0.0]])
+        assert space["Centred"].assign(None, scores).tolist() == [0, 1, 0]
+
+    def test_teachers_and_a_model_of_transformers_run(self, toy, capsys):
+        pytest.importorskip("transformers")
+        space = {}
+        for snippet in self.snippets("ideas.md"):
+            exec(snippet, space)
+        assert "torch.Size([]) torch.Size([64, 32])" in capsys.readouterr().out
+        video = torch.randn(2, 3, 8, 32, 32)
+        for name in ("dinov2", "siglip", "vjepa2"):
+            assert Path("out", f"toy-tiny-dino-{name}", "last.pt").exists()
+            teacher = space[name](None, (4, 8, 8))
+            changed = video.clone()
+            changed[:, :, 4:] += torch.randn(2, 3, 4, 32, 32)
+            a, b = teacher(video), teacher(changed)
+            assert a.shape == (2, 32, teacher.dim)
+            if name != "vjepa2":  # frame by frame: the first slice stays as it was
+                assert torch.allclose(a[:, :16], b[:, :16], atol=1e-5)
+            assert not torch.allclose(a[:, 16:], b[:, 16:], atol=1e-5)
+
+    def test_the_picture_of_sinkhorn_is_what_its_script_draws(self):
+        assert run(sinkhorn_script, "drawn.svg") == 0
+        drawn, kept = (Path(path).read_text(encoding="utf-8") for path in (
+            "drawn.svg", Path(train.__file__).parent / "assets" / "sinkhorn.svg"))
+        numbers = r"(?<=>)\d\.\d\d(?=<)"  # may differ in the last digit
+        a, b = ([float(x) for x in re.findall(numbers, text)] for text in (drawn, kept))
+        assert len(a) == 10 * 18 + 9 * 3 and a == pytest.approx(b, abs=0.011)
