@@ -37,6 +37,7 @@ import sigma
 import train
 from extras import evaluate
 from extras import run as running
+from extras.reader import VideoError
 from sigma import Teacher, UserError, build_model, load_model, sinkhorn, split_mask, tube_mask
 
 HERE = Path(__file__).resolve().parent
@@ -447,7 +448,7 @@ class TestData:
                               (good[:media] + noise[media:] + good[half:], "beginning"),
                               (good.replace(b"avc1", b"zzz9"), "known codec")):
             Path("v.mp4").write_bytes(content)
-            with pytest.raises(data.VideoError, match=word):
+            with pytest.raises(VideoError, match=word):
                 numbers_in("v.mp4", range(60))
 
     def test_an_image_is_a_clip_that_stands_still(self):

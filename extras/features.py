@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
-from data import (Clips, VideoError, all_frames, centre_crop, centre_frames, decode, find_videos,
-                  frame_numbers, frame_times, normalise, opened, resize_crop, to_rgb)
+from data import Clips, centre_crop, centre_frames, decode, find_videos, normalise, resize_crop
 from extras.evaluate import accuracy, collect, held_out, nearest_neighbours
+from extras.reader import VideoError, all_frames, frame_numbers, frame_times, opened, to_rgb
 from extras.run import (DEVICE, RANK, WORLD, autocast, claim, gather, launch, log, progress,
                         save_atomically, set_up, start_worker)
 from sigma import UserError, load_encoder, read_checkpoint
