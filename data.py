@@ -27,7 +27,7 @@ from torchvision.transforms.v2 import functional as transform
 from tqdm import tqdm
 
 from extras import reader
-from extras.reader import VideoError, in_order, to_rgb
+from extras.reader import VideoError, to_rgb
 from sigma import IMAGENET_MEAN, IMAGENET_STD, UserError, tube_mask
 
 SUFFIXES = set(".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .ts .mts .wmv .flv .3gp .ogv".split())
@@ -169,7 +169,8 @@ def decode(path, choose, watch=None):
     """Like reader.decode; images too, as clips that stand still."""
     if Path(path).suffix.lower() not in IMAGES:
         return reader.decode(path, choose, watch)
-    image = to_rgb(next(in_order(path))).permute(2, 0, 1)
+    _, frame, _ = next(reader.all_frames(path))
+    image = to_rgb(frame).permute(2, 0, 1)
     return [image.expand(len(clip), -1, -1, -1) for clip in choose(1)]
 
 

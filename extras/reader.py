@@ -3,15 +3,14 @@
 Needs av and torch alone: this file can be copied into other code. How frame i is found:
 
     1. The time stamps of all packets are read, undecoded; sorted, they tell when frames are shown.
-       (mp4 and avi hold a table of packets: if it is even, the first few stamps are enough.)
-    2. Stamps are trusted unless they are guesses, repeated, or in disorder. If they are, decoding
-       starts at the key frame before the first wanted frame, and stamps tell frames apart.
-    3. If not, or if 2 did not give all of them, the file is decoded from its beginning, and where
-       stamps are not trusted frames are counted. Packets without a picture repeat the one before.
+       (mp4 and avi hold a table of packets: if it is even, the first stamps are enough.)
+    2. Unless stamps are guessed, repeated or in disorder, decoding starts at the key frame before
+       the first wanted frame and ends with the last, and frames are told by their stamps.
+    3. If they are, or if 2 did not give all, the file is decoded from its beginning, and without
+       stamps to trust frames are counted. A packet without a picture repeats the one before.
 """
 import os
 from bisect import bisect_left
-from collections import namedtuple
 from contextlib import contextmanager
 
 import av
@@ -23,6 +22,7 @@ av.logging.set_level(av.logging.FATAL)  # a damaged file is reported once, by Vi
 # Tags need not be UTF-8, which PyAV 19 takes care of.
 TAGS = {} if av.__version__ >= "19" else {"metadata_errors": "replace"}
 REFORMATTER = VideoReformatter()  # to set one up for each frame takes up to a tenth of the time
+COVERS = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 
 
 class VideoError(Exception):
@@ -41,15 +41,16 @@ def decode(path, choose, watch=None):
     """
     with opened(path, watch) as (container, stream):
         times, trusted = frame_times(path, container, stream)
-        step = (times[-1] - times[0]) / (len(times) - 1 or 1) or 1
+        step = mean_gap(times)
         clips = [frame_numbers(times, step, clip) for clip in choose(len(times))]
         wanted = sorted({number for clip in clips for number in clip})
         ways = [from_key_frame(container, stream, times, wanted)] if trusted else []
         for frames in (*ways, from_beginning(path, times, trusted, watch)):
             images, image, seen, last = {}, None, None, -1
             for last, frame in frames:
-                if watch and frame is not seen:  # not a repeated one
-                    watch(frame, (times[0:last + 1][-1] - times[0]) / step, quarter_turns(frame))
+                if watch and frame is not seen:  # a repeated one is not decoded
+                    position = (times[min(last, len(times) - 1)] - times[0]) / step
+                    watch(frame, position, quarter_turns(frame))
                 seen = frame
                 if last in wanted:
                     images[last] = image = to_rgb(frame, image)
@@ -57,7 +58,7 @@ def decode(path, choose, watch=None):
                     break
             if len(images) == len(wanted):
                 break
-        else:  # a file that ends sooner
+        else:  # the file may end sooner than it says
             images |= {number: to_rgb(frame, image) for number in wanted if number > last}
     if lost := set(wanted) - images.keys():
         raise VideoError(f"it is damaged: frame {min(lost)} can't be decoded")
@@ -69,10 +70,10 @@ def all_frames(path):
     first). Raises VideoError with the reason."""
     with opened(path) as (container, stream):
         times, trusted = frame_times(path, container, stream)
-        tick, step = stream.time_base, (times[-1] - times[0]) / (len(times) - 1 or 1) or 1
+        tick, step, last = stream.time_base, mean_gap(times), len(times) - 1
     for number, frame in from_beginning(path, times, trusted):
-        beyond = max(number - len(times) + 1, 0)  # a packet may have more frames than one
-        yield number, frame, float((times[number - beyond] + beyond * step - times[0]) * tick)
+        extra = max(number - last, 0)  # packets may have more frames than one
+        yield number, frame, float((times[min(number, last)] - times[0] + extra * step) * tick)
 
 
 @contextmanager
@@ -94,90 +95,82 @@ def opened(path, motion=False):
 
 
 def video_stream(container):
-    """The stream that the file marks as default, else FFmpeg's best, but no cover picture; decoded
-    by one thread, as workers are parallel themselves."""
-    covers = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
-    streams = [stream for stream in container.streams.video
-               if stream.codec_context and not stream.disposition & covers]
+    """The film: the stream that the file marks as default, else FFmpeg's best, but no cover
+    picture if there is another. One thread decodes it, as workers are parallel themselves."""
+    streams, best = container.streams.video, container.streams.best("video")
+    streams = [s for s in streams if s.codec_context and not s.disposition & COVERS]
     if not streams:
         raise VideoError("it has no video stream of a known codec")
-    if len(streams) > 1:
-        best = container.streams.best("video")
-        streams.sort(key=lambda stream: (
-            stream.frames == 1 or not stream.frames and stream.codec_context.name in STILLS,
-            not stream.disposition & Disposition.default, stream != best))
-    streams[0].thread_type, streams[0].codec_context.thread_count = "NONE", 1
-    return streams[0]
+    stream = min(streams, key=lambda s: (
+        s.frames == 1 or not s.frames and s.codec_context.name in ("mjpeg", "png"),  # a picture
+        not s.disposition & Disposition.default, s != best))
+    stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+    return stream
 
-
-STILLS = "mjpeg", "png"  # where a file does not say how many frames a stream has, one
 
 # --- When frames are shown ------------------------------------------------------------------------
 
-Stamps = namedtuple("Stamps", "pts dts key cut")  # of a packet; cut: off, by an edit list
-
-
 def frame_times(path, container, stream):
     """When each frame is shown, ascending, in ticks; and whether decoded frames can be told by
-    these times: else frames must be counted from the beginning."""
-    codec, kind, packets = stream.codec_context, container.format.name, []
+    these times: else they must be counted from the beginning."""
+    codec, kind, stamps, entries = stream.codec_context, container.format.name, [], None
     reorders = codec.has_b_frames  # frames may be decoded in another order than they are shown in
     # FFmpeg has only guesses then: avi has no times of showing, mpg has few.
     guessed = kind == "mpeg" or kind == "avi" and reorders
-    table, enough = even_table(stream), 32 if reorders and not guessed else 1
     for packet in container.demux(stream):
+        if entries is None:  # this is the first packet
+            entries, key, table = stream.index_entries, packet.is_keyframe, None
+            table = key and even_table(entries, stream.frames)
         if is_frame(packet, codec, guessed):
-            packets.append(Stamps(packet.pts, packet.dts, packet.is_keyframe, packet.is_discard))
-        if table and len(packets) == enough:
-            break
-    if not packets:
+            stamps.append((packet.pts, packet.dts, packet.is_discard))  # off, by an edit list
+            if table and (guessed or not reorders or len(stamps) == 32):
+                break
+    if not stamps:
         raise VideoError("it holds no frames")
-    first, entries = packets[0], stream.index_entries
-    if stream.frames and len(entries) and entries[0].is_keyframe and not first.key:
+    if stream.frames and not key and entries[:1] and entries[0].is_keyframe:
         raise VideoError("it is damaged at its beginning")
-    pts = [stamps.pts for stamps in packets]
-    dts = [stamps.dts for stamps in packets if stamps.dts is not None]
-    if guessed or len(set(pts)) < len(pts) or dts != sorted(dts):
-        step = 1 / ((stream.guessed_rate or 25) * stream.time_base)
-        times, trusted = [i * float(step) for i in range(len(table or packets))], False
-    else:
-        times = sorted(stamps.pts for stamps in packets if not stamps.cut)
-        trusted = not (reorders and pts == dts)
-    whole = first.key and (first.pts is None or first.pts <= times[0])
-    if not whole:  # frames are shown from the first key frame on
-        frames = in_order(path)
-        start = bisect_left(times, next(frames).pts) if trusted else -sum(1 for _ in frames) - 1
-        return times[start:], trusted
-    if table and not guessed:
-        return [times[0] + time for time in table], trusted
-    if len(packets) < len(entries) == stream.frames and is_cut(path, entries):
-        times += [times[-1] + entry.timestamp - entries[len(packets) - 1].timestamp
-                  for entry in entries[len(packets):]]
+    pts, dts, _ = zip(*stamps)
+    ordered = [time for time in dts if time is not None]
+    counted = guessed or len(set(pts)) < len(pts) or ordered != sorted(ordered)
+    trusted = not counted and not (reorders and pts == dts)
+    times = range(len(pts)) if counted else sorted(pts for pts, _, cut in stamps if not cut)
+    if not (key and (counted or pts[0] <= times[0])):  # the decoder has to find its first frame
+        shown = (frame.pts for *_, frames in decoded(path) for frame in frames)
+        times = times[bisect_left(times, next(shown)):] if trusted else range(sum(1 for _ in shown))
+        counted = not trusted
+    elif table:
+        times, counted = range(times[0], times[0] + table.stop, table.step), False
+    elif len(stamps) < len(entries) == stream.frames and (
+            entries[-1].pos + entries[-1].size > os.path.getsize(path)):  # the file is cut
+        shift = times[0] - entries[0].timestamp
+        times += [entry.timestamp + shift for entry in entries[len(stamps):]]
+    if counted:
+        step = float(1 / ((stream.guessed_rate or 25) * stream.time_base))
+        times = [i * step for i in times]
     return times, trusted
 
 
 def is_frame(packet, codec, guessed=False):
-    """Whether a packet stands for a frame, if only for the last one again (size 0); not so are the
-    second field of a frame (no stamp), hidden frames of VP8, and the end of the file."""
+    """Whether a packet stands for a frame, if only for the last one again (size 0). Not so are the
+    end of the file, the second field of a frame (no stamp) and hidden frames of VP8."""
     if not packet.size:
         return packet.dts is not None
-    return guessed or packet.pts is not None and not (
-        codec.name == "vp8" and not memoryview(packet)[0] & 16)
+    hidden = codec.name == "vp8" and not memoryview(packet)[0] & 16
+    return not hidden and (guessed or packet.pts is not None)
 
 
-def even_table(stream):
-    """Times after the first by the file's table of packets, if it is whole and even, else None."""
-    table, n = stream.index_entries, stream.frames
-    if n < 2 or n != len(table) or table[0].is_discard or table[-1].is_discard:
+def even_table(entries, n):
+    """Times after the first by the file's table of n packets, if it is whole and even, else None."""
+    if n < 2 or n != len(entries) or entries[0].is_discard or entries[-1].is_discard:
         return None
-    times = [entry.timestamp for entry in table]
-    even = range(0, n * (times[1] - times[0]), max(times[1] - times[0], 1))
-    return even if times == [times[0] + time for time in even] else None
+    times = [entry.timestamp for entry in entries]
+    step = times[1] - times[0]
+    if step > 0 and times == list(range(times[0], times[0] + n * step, step)):
+        return range(0, n * step, step)
 
 
-def is_cut(path, entries):
-    """Whether the file ends before its last packet."""
-    return entries[-1].pos + entries[-1].size > os.path.getsize(path)
+def mean_gap(times):
+    return (times[-1] - times[0]) / (len(times) - 1 or 1) or 1
 
 
 def nearest(times, time):
@@ -198,27 +191,27 @@ def from_key_frame(container, stream, times, wanted):
     """Pairs (number, frame), from the key frame before the first of the wanted numbers to the last.
     It ends sooner if the file can't be entered there, or frames don't come as their stamps say."""
     codec, last, latest = stream.codec_context, -1, None
-    needed, skips = {times[number] for number in wanted}, codec.name in ("h264", "hevc")
-    first, missing = times[wanted[0]], set(needed)
+    missing, skips = {times[number] for number in wanted}, codec.name in ("h264", "hevc")
+    first = times[wanted[0]]
     try:
         container.seek(first, stream=stream)
     except av.FFmpegError:
         return
     for packet in container.demux(stream):
-        pts = packet.pts
+        pts = first + 1 if packet.pts is None else packet.pts
         if latest is None:
-            if not packet.is_keyframe or pts is None or pts > first:
+            if not packet.is_keyframe or pts > first:
                 return
             latest = pts
         if not packet.size and packet.dts is not None:
-            continue
+            continue  # the last picture again
         # A frame that is neither wanted nor referred to needs no decoding.
-        skip = skips and pts not in needed and pts is not None and pts < latest
+        skip = skips and pts not in missing and pts < latest
         codec.skip_frame = "NONREF" if skip else "DEFAULT"
         missing.discard(pts)
-        frames = codec.decode(packet if packet.size else None)
-        if not missing and packet.size:
-            frames += codec.decode(None)  # what the decoder still holds back
+        frames = codec.decode(packet) if packet.size else []
+        if not (missing and packet.size):  # what the decoder still holds back
+            frames += codec.decode(None)
         for frame in frames:
             number = -1 if frame.pts is None else bisect_left(times, frame.pts)
             if not last < number < len(times) or times[number] != frame.pts:
@@ -227,7 +220,7 @@ def from_key_frame(container, stream, times, wanted):
             last = number
         if not missing:
             return
-        latest = max(latest, pts or latest)
+        latest = max(latest, pts)
 
 
 def from_beginning(path, times, trusted, motion=False):
@@ -249,32 +242,28 @@ def from_beginning(path, times, trusted, motion=False):
         if one_by_one and not trusted and held and not frames and is_frame(packet, codec, True):
             last += 1
             yield last, held
-    if held is None:
-        raise VideoError("none of its frames can be decoded")
     if trusted:
         yield from ((i, held) for i in range(last + 1, nearest(times, end) + 1))
 
 
-def in_order(path):
-    """The frames of a file as its decoder gives them, from the beginning."""
-    return (frame for _, _, frames in decoded(path) for frame in frames)
-
-
 def decoded(path, motion=False):
     """Triples (packet, codec, frames that it completes) from the beginning on. Raises VideoError at
-    the first error: what follows could not be numbered. Before any key frame errors are none."""
+    the first error, as what follows could not be numbered, but not before the first key frame."""
     with opened(path, motion) as (container, stream):
-        key, codec = False, stream.codec_context
+        key, some, codec = False, False, stream.codec_context
         for packet in container.demux(stream):
             key, frames = key or packet.is_keyframe, []
             try:
-                if packet.size or packet.dts is None:  # the end; else the last picture again
+                if packet.size or packet.dts is None:  # else it is the last picture again
                     frames = codec.decode(packet if packet.size else None)
             except av.InvalidDataError:
                 if key:
                     raise
                 codec.flush_buffers()  # the file is cut: wait for its key frame
+            some = some or frames
             yield packet, codec, frames
+    if not some:
+        raise VideoError("none of its frames can be decoded")
 
 
 # --- Frames to images -----------------------------------------------------------------------------
