@@ -401,8 +401,8 @@ class TestData:
     def test_frames_are_chosen_by_time(self, times, bf):
         """The nearest, also where an edit list cuts some off, and where the rate is variable."""
         write_numbered("v.mp4", times=times, bf=bf, g="8")
-        with av.open("v.mp4") as container:
-            step = 25 / container.streams.video[0].average_rate
+        shown = [when for when in times if when >= 0]
+        step = shown[-1] / (len(shown) - 1)
         clip = range(0, 40, 3)
         wanted = [min(range(len(times)), key=lambda n: abs(times[n] - i * step)) for i in clip]
         assert numbers_in("v.mp4", clip) == [wanted] != [list(clip)]

@@ -255,7 +255,7 @@ def decoded(path, motion=False):
             key, frames = key or packet.is_keyframe, []
             try:
                 if packet.size or packet.dts is None:  # else it is the last picture again
-                    frames = codec.decode(packet if packet.size else None)
+                    frames = packet.decode()
             except av.InvalidDataError:
                 if key:
                     raise
