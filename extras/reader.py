@@ -190,37 +190,35 @@ def frame_numbers(times, step, clip):
 def from_key_frame(container, stream, times, wanted):
     """Pairs (number, frame), from the key frame before the first of the wanted numbers to the last.
     It ends sooner if the file can't be entered there, or frames don't come as their stamps say."""
-    codec, last, latest = stream.codec_context, -1, None
-    missing, skips = {times[number] for number in wanted}, codec.name in ("h264", "hevc")
-    first = times[wanted[0]]
+    codec, first, last, latest = stream.codec_context, times[wanted[0]], -1, None
+    numbers, missing = {time: i for i, time in enumerate(times)}, {times[i] for i in wanted}
+    skips, level = codec.name in ("h264", "hevc"), "DEFAULT"
     try:
         container.seek(first, stream=stream)
     except av.FFmpegError:
         return
     for packet in container.demux(stream):
-        pts = first + 1 if packet.pts is None else packet.pts
+        pts, ends = packet.pts, not packet.size and packet.dts is None
         if latest is None:
-            if not packet.is_keyframe or pts > first:
+            if not packet.is_keyframe or pts is None or pts > first:
                 return
             latest = pts
-        if not packet.size and packet.dts is not None:
-            continue  # the last picture again
-        # A frame that is neither wanted nor referred to needs no decoding.
-        skip = skips and pts not in missing and pts < latest
-        codec.skip_frame = "NONREF" if skip else "DEFAULT"
+        if skips and level != (level := "NONREF" if pts not in missing and (
+                pts is not None and pts < latest) else "DEFAULT"):
+            codec.skip_frame = level  # a frame neither wanted nor referred to needs no decoding
         missing.discard(pts)
         frames = codec.decode(packet) if packet.size else []
-        if not (missing and packet.size):  # what the decoder still holds back
-            frames += codec.decode(None)
+        if not missing or ends:
+            frames += codec.decode(None)  # what the decoder still holds back
         for frame in frames:
-            number = -1 if frame.pts is None else bisect_left(times, frame.pts)
-            if not last < number < len(times) or times[number] != frame.pts:
+            number = numbers.get(frame.pts, -1)
+            if number <= last:
                 return
             yield number, frame
             last = number
         if not missing:
             return
-        latest = max(latest, pts)
+        latest = max(latest, pts or latest)
 
 
 def from_beginning(path, times, trusted, motion=False):
