@@ -19,8 +19,7 @@ from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
 av.logging.set_level(av.logging.FATAL)  # a damaged file is reported once, by VideoError
-# Tags need not be UTF-8, which PyAV 19 takes care of.
-TAGS = {} if av.__version__ >= "19" else {"metadata_errors": "replace"}
+TAGS = {} if av.__version__ >= "19" else {"metadata_errors": "replace"}  # they need not be UTF-8
 REFORMATTER = VideoReformatter()  # to set one up for each frame takes up to a tenth of the time
 COVERS = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 
@@ -41,17 +40,16 @@ def decode(path, choose, watch=None):
     """
     with opened(path, watch) as (container, stream):
         times, trusted = frame_times(path, container, stream)
-        step = mean_gap(times)
-        clips = [frame_numbers(times, step, clip) for clip in choose(len(times))]
+        step = (times[-1] - times[0]) / (len(times) - 1 or 1) or 1
+        clips = [[nearest(times, times[0] + i * step) for i in clip] for clip in choose(len(times))]
         wanted = sorted({number for clip in clips for number in clip})
         ways = [from_key_frame(container, stream, times, wanted)] if trusted else []
         for frames in (*ways, from_beginning(path, times, trusted, watch)):
             images, image, seen, last = {}, None, None, -1
             for last, frame in frames:
                 if watch and frame is not seen:  # a repeated one is not decoded
-                    position = (times[min(last, len(times) - 1)] - times[0]) / step
-                    watch(frame, position, quarter_turns(frame))
-                seen = frame
+                    time = times[min(last, len(times) - 1)]
+                    watch(seen := frame, (time - times[0]) / step, quarter_turns(frame))
                 if last in wanted:
                     images[last] = image = to_rgb(frame, image)
                 if last >= wanted[-1]:
@@ -70,10 +68,9 @@ def all_frames(path):
     first). Raises VideoError with the reason."""
     with opened(path) as (container, stream):
         times, trusted = frame_times(path, container, stream)
-        tick, step, last = stream.time_base, mean_gap(times), len(times) - 1
+        tick, end = stream.time_base, len(times) - 1  # a packet may have more frames than one
     for number, frame in from_beginning(path, times, trusted):
-        extra = max(number - last, 0)  # packets may have more frames than one
-        yield number, frame, float((times[min(number, last)] - times[0] + extra * step) * tick)
+        yield number, frame, float((times[min(number, end)] - times[0]) * tick)
 
 
 @contextmanager
@@ -108,8 +105,6 @@ def video_stream(container):
     return stream
 
 
-# --- When frames are shown ------------------------------------------------------------------------
-
 def frame_times(path, container, stream):
     """When each frame is shown, ascending, in ticks; and whether decoded frames can be told by
     these times: else they must be counted from the beginning."""
@@ -119,7 +114,7 @@ def frame_times(path, container, stream):
     guessed = kind == "mpeg" or kind == "avi" and reorders
     for packet in container.demux(stream):
         if entries is None:  # this is the first packet
-            entries, key, table = stream.index_entries, packet.is_keyframe, None
+            entries, key = stream.index_entries, packet.is_keyframe
             table = key and even_table(entries, stream.frames)
         if is_frame(packet, codec, guessed):
             stamps.append((packet.pts, packet.dts, packet.is_discard))  # off, by an edit list
@@ -134,20 +129,18 @@ def frame_times(path, container, stream):
     counted = guessed or len(set(pts)) < len(pts) or ordered != sorted(ordered)
     trusted = not counted and not (reorders and pts == dts)
     times = range(len(pts)) if counted else sorted(pts for pts, _, cut in stamps if not cut)
-    if not (key and (counted or pts[0] <= times[0])):  # the decoder has to find its first frame
-        shown = (frame.pts for *_, frames in decoded(path) for frame in frames)
-        times = times[bisect_left(times, next(shown)):] if trusted else range(sum(1 for _ in shown))
+    if not key or not counted and pts[0] > times[0]:  # the decoder has to find its first frame
+        shown = (frame.pts for _, frame in from_beginning(path, [0], False))
         counted = not trusted
+        times = range(sum(1 for _ in shown)) if counted else times[bisect_left(times, next(shown)):]
     elif table:
         times, counted = range(times[0], times[0] + table.stop, table.step), False
     elif len(stamps) < len(entries) == stream.frames and (
             entries[-1].pos + entries[-1].size > os.path.getsize(path)):  # the file is cut
         shift = times[0] - entries[0].timestamp
         times += [entry.timestamp + shift for entry in entries[len(stamps):]]
-    if counted:
-        step = float(1 / ((stream.guessed_rate or 25) * stream.time_base))
-        times = [i * step for i in times]
-    return times, trusted
+    step = float(1 / ((stream.guessed_rate or 25) * stream.time_base))
+    return [i * step for i in times] if counted else times, trusted
 
 
 def is_frame(packet, codec, guessed=False):
@@ -169,23 +162,12 @@ def even_table(entries, n):
         return range(0, n * step, step)
 
 
-def mean_gap(times):
-    return (times[-1] - times[0]) / (len(times) - 1 or 1) or 1
-
-
 def nearest(times, time):
     """The place of the time that is nearest to another one."""
     after = min(bisect_left(times, time), len(times) - 1)
     before = max(after - 1, 0)
     return after if times[after] - time < time - times[before] else before
 
-
-def frame_numbers(times, step, clip):
-    """The numbers of the frames that the indices of a clip stand for. step: the mean of times'."""
-    return [nearest(times, times[0] + i * step) for i in clip]
-
-
-# --- Decoding -------------------------------------------------------------------------------------
 
 def from_key_frame(container, stream, times, wanted):
     """Pairs (number, frame), from the key frame before the first of the wanted numbers to the last.
@@ -222,33 +204,12 @@ def from_key_frame(container, stream, times, wanted):
 
 
 def from_beginning(path, times, trusted, motion=False):
-    """Pairs (number, frame) of all frames, in order: told by their stamps if these are trusted, else
-    counted. A number that decoded without an error and without a picture has the one before."""
-    last, held, end = -1, None, times[0]
-    for packet, codec, frames in decoded(path, motion):
-        for frame in frames:
-            number = last + 1
-            if trusted:
-                if frame.pts is None or frame.pts < times[0]:
-                    continue
-                number = max(number, nearest(times, frame.pts))
-                yield from ((i, held) for i in range(last + 1, number) if held)
-            yield number, frame
-            last, held = number, frame
-        end = max(end, end if packet.pts is None else packet.pts)
-        one_by_one = not codec.has_b_frames or codec.name == "mpeg4"  # the delay never grows
-        if one_by_one and not trusted and held and not frames and is_frame(packet, codec, True):
-            last += 1
-            yield last, held
-    if trusted:
-        yield from ((i, held) for i in range(last + 1, nearest(times, end) + 1))
-
-
-def decoded(path, motion=False):
-    """Triples (packet, codec, frames that it completes) from the beginning on. Raises VideoError at
-    the first error, as what follows could not be numbered, but not before the first key frame."""
+    """Pairs (number, frame) of all frames, in order: told by their stamps if these are trusted,
+    else counted. A number that decoded without an error and without a picture has the one before.
+    Raises VideoError at the first error after a key frame: what follows could not be numbered."""
     with opened(path, motion) as (container, stream):
-        key, some, codec = False, False, stream.codec_context
+        codec, key, last, held, end = stream.codec_context, False, -1, None, times[0]
+        one_by_one = not codec.has_b_frames or codec.name == "mpeg4"  # the delay never grows
         for packet in container.demux(stream):
             key, frames = key or packet.is_keyframe, []
             try:
@@ -258,13 +219,24 @@ def decoded(path, motion=False):
                 if key:
                     raise
                 codec.flush_buffers()  # the file is cut: wait for its key frame
-            some = some or frames
-            yield packet, codec, frames
-    if not some:
+            for frame in frames:
+                number = last + 1
+                if trusted:
+                    if frame.pts is None or frame.pts < times[0]:
+                        continue
+                    number = max(number, nearest(times, frame.pts))
+                    yield from ((i, held) for i in range(last + 1, number) if held)
+                yield number, frame
+                last, held = number, frame
+            end = max(end, end if packet.pts is None else packet.pts)
+            if held and not (frames or trusted) and one_by_one and is_frame(packet, codec, True):
+                last += 1
+                yield last, held
+    if held is None:
         raise VideoError("none of its frames can be decoded")
+    if trusted:
+        yield from ((i, held) for i in range(last + 1, nearest(times, end) + 1))
 
-
-# --- Frames to images -----------------------------------------------------------------------------
 
 def quarter_turns(frame):
     """How often a frame must be turned by 90 degrees, anticlockwise, to be upright."""
