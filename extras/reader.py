@@ -48,8 +48,8 @@ def decode(path, choose, watch=None):
             images, image, seen, last = {}, None, None, -1
             for last, frame in frames:
                 if watch and frame is not seen:  # a repeated one is not decoded
-                    time = times[min(last, len(times) - 1)]
-                    watch(seen := frame, (time - times[0]) / step, quarter_turns(frame))
+                    position = (times[min(last, len(times) - 1)] - times[0]) / step
+                    watch(seen := frame, position, quarter_turns(frame))
                 if last in wanted:
                     images[last] = image = to_rgb(frame, image)
                 if last >= wanted[-1]:
@@ -94,8 +94,9 @@ def opened(path, motion=False):
 def video_stream(container):
     """The film: the stream that the file marks as default, else FFmpeg's best, but no cover
     picture if there is another. One thread decodes it, as workers are parallel themselves."""
-    streams, best = container.streams.video, container.streams.best("video")
-    streams = [s for s in streams if s.codec_context and not s.disposition & COVERS]
+    best = container.streams.best("video")
+    streams = [s for s in container.streams.video
+               if s.codec_context and not s.disposition & COVERS]
     if not streams:
         raise VideoError("it has no video stream of a known codec")
     stream = min(streams, key=lambda s: (
@@ -120,15 +121,15 @@ def frame_times(path, container, stream):
             stamps.append((packet.pts, packet.dts, packet.is_discard))  # off, by an edit list
             if table and (guessed or not reorders or len(stamps) == 32):
                 break
-    if not stamps:
-        raise VideoError("it holds no frames")
-    if stream.frames and not key and entries[:1] and entries[0].is_keyframe:
+    if stamps and stream.frames and not key and entries[:1] and entries[0].is_keyframe:
         raise VideoError("it is damaged at its beginning")
-    pts, dts, _ = zip(*stamps)
+    pts, dts = [stamp[0] for stamp in stamps], [stamp[1] for stamp in stamps]
     ordered = [time for time in dts if time is not None]
     counted = guessed or len(set(pts)) < len(pts) or ordered != sorted(ordered)
     trusted = not counted and not (reorders and pts == dts)
     times = range(len(pts)) if counted else sorted(pts for pts, _, cut in stamps if not cut)
+    if not times:
+        raise VideoError("it holds no frames")
     if not key or not counted and pts[0] > times[0]:  # the decoder has to find its first frame
         shown = (frame.pts for _, frame in from_beginning(path, [0], False))
         counted = not trusted
@@ -153,20 +154,18 @@ def is_frame(packet, codec, guessed=False):
 
 
 def even_table(entries, n):
-    """Times after the first by the file's table of n packets, if it is whole and even, else None."""
-    if n < 2 or n != len(entries) or entries[0].is_discard or entries[-1].is_discard:
-        return None
+    """Times after the first by the file's table of n packets; None if it is not whole and even."""
     times = [entry.timestamp for entry in entries]
-    step = times[1] - times[0]
-    if step > 0 and times == list(range(times[0], times[0] + n * step, step)):
-        return range(0, n * step, step)
+    if len(times) == n > 1 and times[0] < times[1] and not (
+            entries[0].is_discard or entries[-1].is_discard):
+        even = range(0, n * (times[1] - times[0]), times[1] - times[0])
+        return even if times == [times[0] + time for time in even] else None
 
 
 def nearest(times, time):
     """The place of the time that is nearest to another one."""
     after = min(bisect_left(times, time), len(times) - 1)
-    before = max(after - 1, 0)
-    return after if times[after] - time < time - times[before] else before
+    return after - (after > 0 and times[after] - time >= time - times[after - 1])
 
 
 def from_key_frame(container, stream, times, wanted):
@@ -244,11 +243,10 @@ def quarter_turns(frame):
 
 
 def to_rgb(frame, like=None):
-    """A decoded frame as (H, W, 3) uint8, upright, resized to `like` if given. PyAV's default would
-    start all threads for each frame."""
+    """A decoded frame as (H, W, 3) uint8, upright, resized to `like` if given."""
     turns, (height, width) = quarter_turns(frame), (frame.height, frame.width)
     if like is not None:
         height, width = like.shape[1::-1] if turns % 2 else like.shape[:2]
-    frame = REFORMATTER.reformat(frame, width, height, "rgb24", threads=1)
+    frame = REFORMATTER.reformat(frame, width, height, "rgb24", threads=1)  # default: all cores
     image = torch.from_numpy(frame.to_ndarray())
     return image.rot90(turns) if turns else image
