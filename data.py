@@ -12,34 +12,23 @@ and ends with it; clips stay uint8 until they are on the training device.
 import os
 import re
 import sys
-from bisect import bisect_left, bisect_right
 from collections import namedtuple
-from contextlib import contextmanager
 from itertools import count, pairwise
 from pathlib import Path
 
-import av
 import torch
-import torch.nn.functional as F
-from av.stream import Disposition
-from av.video.reformatter import VideoReformatter
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as transform
 from tqdm import tqdm
 
+from extras import reader
+from extras.reader import VideoError, to_rgb
 from sigma import IMAGENET_MEAN, IMAGENET_STD, UserError, tube_mask
 
-av.logging.set_level(av.logging.FATAL)  # a damaged file is reported once, by us
 SUFFIXES = set(".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .ts .mts .wmv .flv .3gp .ogv".split())
 IMAGES = {".jpg", ".jpeg", ".png"}
-# Tags need not be UTF-8, which PyAV 19 takes care of.
-TAGS = {} if av.__version__ >= "19" else {"metadata_errors": "replace"}
 TABLES = ("*labels.json", "ucfTrainTestlist", "testTrainMulti*")  # of Something-Something, ...
 MAKE_LISTS = "turn it into lists first, see python extras/videos.py lists --help"
-
-
-class VideoError(Exception):
-    """A video that can't be read; the message says why."""
 
 
 def seeded(*numbers):
@@ -200,235 +189,12 @@ def centre_frames(n, frames, stride, generator=None):
 
 
 def decode(path, choose, watch=None):
-    """The clips that choose(number of frames) asks for, lists of indices: (T, 3, H, W) uint8 each,
-    upright as the file's display matrix says.
-
-    Frame i of n is the i-th that is shown if the rate is constant, else the last one shown by
-    i / (n - 1) of the time from the first to the last. A file that ends sooner holds its last one.
-    watch(frame, position, turns) is called with each decoded frame, motion vectors included: its
-    place in frames from the first, and the quarter turns anticlockwise that make it upright. Where
-    positions do not ascend, reading has started again. Raises VideoError with the reason.
-    """
-    if Path(path).suffix.lower() in IMAGES:
-        image = to_rgb(next(in_order(path))).permute(2, 0, 1)
-        return [image.expand(len(clip), -1, -1, -1) for clip in choose(1)]
-    with opened(path, watch) as (container, stream):
-        times, sure = frame_times(path, container, stream)
-        step = (times[-1] - times[0]) / (len(times) - 1 or 1) or 1
-        clips = [frame_numbers(times, step, clip) for clip in choose(len(times))]
-        numbers = sorted({number for clip in clips for number in clip})
-        see = watch and (lambda number, frame: watch(
-            frame, (times[number] - times[0]) / step, quarter_turns(frame)))
-        images = collect(by_time(container, stream, times, numbers), numbers, see) if sure else {}
-    if len(images) < len(numbers):
-        frames = in_order(path, watch, hold=True)
-        images = collect(numbered(frames, times if sure else []), numbers, see)
-    if lost := set(numbers) - images.keys():
-        raise VideoError(f"it is damaged: frame {min(lost)} can't be decoded")
-    return [torch.stack([images[number] for number in clip]).permute(0, 3, 1, 2) for clip in clips]
-
-
-def all_frames(path):
-    """All frames of a video in the order in which they are shown: (number, frame, seconds after the
-    first). Raises VideoError with the reason."""
-    with opened(path) as (container, stream):
-        times, sure = frame_times(path, container, stream)
-        times, tick = list(times), stream.time_base
-    for number, frame in numbered(in_order(path), times if sure else []):
-        if number == len(times):  # a packet had more frames than one
-            times.append(2 * times[-1] - times[-2] if number > 1 else times[0] + 1)
-        yield number, frame, float((times[number] - times[0]) * tick)
-
-
-@contextmanager
-def opened(path, motion=False):
-    """The container and video stream of a file. Raises VideoError if they, or what is then
-    read from them, can't be read. motion: frames bring their motion vectors."""
-    if os.path.isfile(path) and not os.path.getsize(path):
-        raise VideoError("it is empty")
-    try:  # Python opens the file: FFmpeg takes some names for addresses or patterns
-        with open(path, "rb") as file, av.open(file, **TAGS) as container:
-            stream = video_stream(container)
-            if motion:
-                stream.codec_context.options = {"flags2": "+export_mvs"}
-            yield container, stream
-    except av.FFmpegError as error:  # its words are about FFmpeg
-        raise VideoError("it is damaged, or no video") from error
-    except OSError as error:
-        raise VideoError(f"it can't be read: {error.strerror}") from error
-
-
-def video_stream(container):
-    """The first stream that is a video and no cover picture; decoded by one thread, as workers are
-    parallel themselves."""
-    for stream in container.streams.video:
-        if not stream.disposition & Disposition.attached_pic and stream.codec_context:
-            stream.thread_type, stream.codec_context.thread_count = "NONE", 1
-            return stream
-    raise VideoError("it has no video stream of a known codec")
-
-
-Stamps = namedtuple("Stamps", "pts dts key cut")  # of a packet; cut: off, by an edit list
-
-
-def frame_times(path, container, stream):
-    """When each frame is shown, ascending, in ticks; and whether a frame's time stamp is its time,
-    so that it can be found: else frames must be counted from the beginning.
-
-    mp4 and avi list their frames. In others all packets are read, undecoded, since the length that
-    a file states may be its sound's.
-    """
-    context, kind, packets = stream.codec_context, container.format.name, []
-    reorders = context.has_b_frames  # decodes frames in another order than they are shown in
-    # avi has no times of showing, mpg has few, and MPEG-4 may pack two frames into one packet.
-    guessed = kind == "mpeg" or reorders and (kind == "avi" or context.name == "mpeg4")
-    for packet in container.demux(stream):
-        if packet.size and not (context.name == "vp8" and not memoryview(packet)[0] & 16):  # hidden
-            stamps = Stamps(packet.pts, packet.dts, packet.is_keyframe, packet.is_discard)
-            packets.append(stamps)
-            if len(packets) == 1:
-                listed = listed_times(stream, stamps)
-            listed = [] if stamps.cut else listed
-            reordered = isinstance(listed, range) and stamps.pts < packets[-2:][0].pts
-            if listed and (guessed or reordered or not reorders):
-                return listed, not guessed
-    if packets and len(packets) < len(listed):
-        last = stream.index_entries[-1]
-        if last.pos + last.size > os.path.getsize(path):  # the file is cut
-            return listed, False
-    if not guessed:  # a packet without a time is the second field of a frame
-        timed = [stamps for stamps in packets if stamps.pts is not None] or packets
-        guessed, packets = len(timed) < len(packets), timed
-    pts = [stamps.pts for stamps in packets if stamps.pts is not None and not stamps.cut]
-    dts = [stamps.dts for stamps in packets if stamps.dts is not None]
-    if not packets or not (pts or guessed):
-        raise VideoError("it holds no frames")
-    first, times = packets[0], sorted(pts)
-    listed_keys = [entry.is_keyframe for entry in stream.index_entries]
-    if stream.frames and not first.key and any(listed_keys[:1]):
-        raise VideoError("it is damaged at its beginning")
-    whole = first.key and (first.pts is None or first.pts <= times[0])
-    if guessed or len(set(pts)) < len(pts) or dts != sorted(dts):
-        step = float(1 / ((stream.guessed_rate or 25) * stream.time_base))
-        n = len(packets) if whole else sum(1 for _ in in_order(path))
-        return [i * step for i in range(n)], False
-    start = 0 if whole else bisect_left(times, next(in_order(path)).pts)
-    return times[start:], not (reorders and pts == times)  # else frames may come in another order
-
-
-def listed_times(stream, first):
-    """When each frame is decoded, if the file lists that, as if the first were at its pts; a range
-    if the times are even: then frames are shown at these times as well."""
-    entries, n = stream.index_entries, len(stream.index_entries)
-    if n < 2 or n != stream.frames or not first.key or first.pts is None:
-        return []
-    start, step = entries[0].timestamp, entries[1].timestamp - entries[0].timestamp
-    some = range(0, n, n // 64 or 1)  # by_time would notice an exception
-    if step > 0 and all(entries[i].timestamp == start + i * step for i in some):
-        return range(first.pts, first.pts + n * step, step)
-    return [first.pts + entry.timestamp - start for entry in entries]
-
-
-def frame_numbers(times, step, clip):
-    """The numbers of the frames that the indices of a clip stand for. step: the mean of times'."""
-    n = len(times)
-    ends = min(8, n // 4)  # where a cut or the last frame's length may break the rhythm
-    middle = torch.tensor(times[ends:n - ends], dtype=torch.float64)
-    even = torch.linspace(middle[0], middle[-1], len(middle), dtype=torch.float64)
-    if (middle - even).abs().max() < 1.5 * step:  # a constant rate, but for jitter or a lost frame
-        return [min(i, n - 1) for i in clip]
-    return [bisect_right(times, times[0] + i * step + min(1, step / 2)) - 1 for i in clip]
-
-
-def by_time(container, stream, times, numbers):
-    """Pairs (number, frame), from the key frame before the first of the numbers to the last. It
-    ends sooner if the file can't be entered there, or frames don't come in order."""
-    context, packets, last = stream.codec_context, [], -1
-    first, wanted = times[numbers[0]], {times[number] for number in numbers}
-    missing = set(wanted)
-    try:
-        container.seek(first, stream=stream)
-    except av.FFmpegError:
-        return
-    for packet in container.demux(stream):  # all of them first: in turn with decoding takes longer
-        late = not packet.is_keyframe or packet.pts is None or packet.pts > first
-        if not missing or late and not packets:
-            break
-        if packet.size:
-            packets.append(packet)
-            missing.discard(packet.pts)
-    for packet in [*packets, None]:  # None: what the decoder still holds back
-        # A frame that is neither wanted nor referred to needs no decoding.
-        skip = context.name in ("h264", "hevc") and packet and packet.pts not in wanted
-        context.skip_frame = "NONREF" if skip else "DEFAULT"
-        for frame in context.decode(packet):
-            number = -1 if frame.pts is None else bisect_left(times, frame.pts)
-            if not last < number < len(times) or times[number] != frame.pts:
-                return
-            yield number, frame
-            last = number
-
-
-def in_order(path, motion=False, hold=False):
-    """The frames of a file from its beginning: decoders give them in the order in which they are
-    shown. hold: the last one comes for ever. Raises VideoError if there are none."""
-    with opened(path, motion) as (container, stream):
-        key, frame = False, None
-        for packet in container.demux(stream):
-            key = key or packet.is_keyframe
-            try:
-                for frame in packet.decode():
-                    yield frame
-            except av.InvalidDataError:
-                if key:
-                    raise
-                stream.codec_context.flush_buffers()  # the file is cut: wait for its key frame
-    if frame is None:
-        raise VideoError("none of its frames can be decoded")
-    while hold:
-        yield frame
-
-
-def numbered(frames, times):
-    """Pairs (number, frame) of frames in order: by their time stamps, as some may be lost, if the
-    times of all are known, else as they come."""
-    place, number = {time: number for number, time in enumerate(times)}, -1
-    for frame in frames:
-        number = max(place.get(frame.pts, 0), number + 1)
-        yield number, frame
-
-
-def collect(frames, numbers, see):
-    """{number: (H, W, 3) uint8} of those of the ascending numbers that are among the frames, pairs
-    (number, frame); see is called with all of these."""
-    images, image, wanted = {}, None, set(numbers)
-    for number, frame in frames:
-        if see:
-            see(number, frame)
-        if number in wanted:
-            images[number] = image = to_rgb(frame, image)
-        if number >= numbers[-1]:
-            break
-    return images
-
-
-REFORMATTER = VideoReformatter()  # to set one up for each frame takes up to a tenth of the time
-
-
-def quarter_turns(frame):
-    """How often a frame must be turned by 90 degrees, anticlockwise, to be upright."""
-    return round(frame.rotation / 90) % 4
-
-
-def to_rgb(frame, like=None):
-    """A decoded frame as (H, W, 3) uint8, upright, resized to `like` if given. PyAV's default would
-    start all threads for each frame."""
-    turns, (height, width) = quarter_turns(frame), (frame.height, frame.width)
-    if like is not None:
-        height, width = like.shape[1::-1] if turns % 2 else like.shape[:2]
-    frame = REFORMATTER.reformat(frame, width, height, "rgb24", threads=1)
-    image = torch.from_numpy(frame.to_ndarray())
-    return image.rot90(turns) if turns else image
+    """Like reader.decode; images too, as clips that stand still."""
+    if Path(path).suffix.lower() not in IMAGES:
+        return reader.decode(path, choose, watch)
+    _, frame, _ = next(reader.all_frames(path))
+    image = to_rgb(frame).permute(2, 0, 1)
+    return [image.expand(len(clip), -1, -1, -1) for clip in choose(1)]
 
 
 # --- Clips ----------------------------------------------------------------------------------------

@@ -35,9 +35,10 @@ from torchvision.utils import save_image
 import data
 import sigma
 import train
-from extras import evaluate
+from extras import evaluate, reader
 from extras import run as running
 from extras import toy
+from extras.reader import VideoError
 from sigma import Teacher, UserError, build_model, load_model, sinkhorn, split_mask, tube_mask
 
 HERE = Path(__file__).resolve().parent
@@ -406,12 +407,12 @@ class TestData:
     @pytest.mark.parametrize("times", [range(-10, 50), [i + i // 10 * 5 for i in range(60)]])
     @pytest.mark.parametrize("bf", ["0", "2"])
     def test_frames_are_chosen_by_time(self, times, bf):
-        """Also where an edit list cuts off those before zero, and where the rate is variable."""
+        """The nearest, also where an edit list cuts some off, and where the rate is variable."""
         write_numbered("v.mp4", times=times, bf=bf, g="8")
-        with av.open("v.mp4") as container:
-            step = 25 / container.streams.video[0].average_rate
+        shown = [when for when in times if when >= 0]
+        step = shown[-1] / (len(shown) - 1)
         clip = range(0, 40, 3)
-        wanted = [max(n for n, when in enumerate(times) if when <= i * step) for i in clip]
+        wanted = [min(range(len(times)), key=lambda n: abs(times[n] - i * step)) for i in clip]
         assert numbers_in("v.mp4", clip) == [wanted] != [list(clip)]
 
     def test_a_file_that_starts_without_a_key_frame_is_read_from_the_first(self):
@@ -422,6 +423,73 @@ class TestData:
                 packet.stream = stream
                 cut.mux(packet)
         assert numbers_in("cut.mkv", range(4)) == [[12, 13, 14, 15]]
+
+    def test_a_late_clip_is_sought_also_where_b_frames_were_allowed_and_none_chosen(self):
+        write_numbered("v.mp4", **{"bf": "3", "g": "10", "x264-params": "b-bias=-100"})
+        with av.open("v.mp4") as container:
+            assert container.streams.video[0].codec_context.has_b_frames
+            assert all(frame.pict_type != 3 for frame in container.decode(video=0))
+        decoded = []
+        data.decode("v.mp4", lambda n: [[55]], lambda *frame: decoded.append(frame))
+        assert len(decoded) <= 10
+
+    def test_a_packet_without_a_picture_repeats_the_one_before(self):
+        """MPEG-4 has such packets: a P-frame's header that says "not coded". No other shifts."""
+        write_numbered("whole.avi", codec="mpeg4", bf="0", b="2M")
+        with av.open("whole.avi") as whole, av.open("v.avi", "w") as film:
+            stream = film.add_stream_from_template(whole.streams.video[0])
+            for i, packet in enumerate(list(whole.demux(video=0))[:-1]):
+                if i == 15:
+                    header = b"\0\0\1\xb6" + int(f"0101{i:05b}1001111", 2).to_bytes(2, "big")
+                    pts, packet = packet.pts, av.Packet(header)
+                    packet.pts = packet.dts = pts
+                    packet.time_base = whole.streams.video[0].time_base
+                packet.stream = stream
+                film.mux(packet)
+        wanted = [i - (i == 15) for i in range(60)]
+        assert numbers_in("v.avi", range(60), [15]) == [wanted, [14]]
+        assert [number for number, *_ in reader.all_frames("v.avi")] == list(range(60))
+
+    @pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+    def test_behind_a_damaged_middle_no_frame_shifts(self, codec):
+        write_numbered("v.mp4", codec=codec, bf="2", g="12", b="2M")
+        with av.open("v.mp4") as container:
+            packet = [packet for packet in container.demux() if packet.size][29]
+        content = bytearray(Path("v.mp4").read_bytes())
+        content[packet.pos:packet.pos + packet.size] = bytes(packet.size)
+        Path("v.mp4").write_bytes(content)
+        found = {}
+        for i in range(60):
+            with contextlib.suppress(VideoError):
+                found[i], = numbers_in("v.mp4", [i])[0]
+        assert found == {i: i for i in found} and {*range(22), *range(48, 58)} <= found.keys()
+        with pytest.raises(VideoError):
+            numbers_in("v.mp4", range(60))
+
+    @pytest.mark.parametrize("name, stills, default", [("thumb.mp4", 1, 0), ("two.mkv", 9, 1)])
+    def test_the_film_is_read_not_just_the_first_stream(self, name, stills, default):
+        """A picture that comes first is none, and of two the one marked as default counts."""
+        write_numbered("v.mp4")
+        with av.open("v.mp4") as film, av.open(name, "w") as both:
+            first = both.add_stream("mjpeg" if stills == 1 else "libx264", rate=25)
+            first.width, first.height, first.pix_fmt = 192, 160, "yuvj420p"
+            second = both.add_stream_from_template(film.streams.video[0])
+            first.disposition, second.disposition = int(not default), int(default)
+            for i in range(stills):
+                both.mux(first.encode(av.VideoFrame(192, 160, "yuvj420p")))
+            both.mux(first.encode(None))
+            for packet in list(film.demux(video=0))[:-1]:
+                packet.stream = second
+                both.mux(packet)
+        assert numbers_in(name, range(60)) == [[*range(60)]]
+
+    def test_the_reader_works_as_a_file_of_its_own(self):
+        write_numbered("v.mp4", bf="2")
+        Path("alone").mkdir()
+        Path("alone/reader.py").write_bytes(Path(reader.__file__).read_bytes())
+        code = "import reader; print(*reader.decode('../v.mp4', lambda n: [[0, n - 1]])[0].shape)"
+        result = subprocess.run([sys.executable, "-c", code], cwd="alone", capture_output=True)
+        assert result.stdout.split() == [b"2", b"3", b"48", b"128"], result.stderr
 
     @pytest.mark.parametrize("turns, cos, sin", [(1, 0, 1), (2, -1, 0), (3, 0, -1)])
     def test_turned_videos_stand_upright(self, turns, cos, sin):
@@ -455,7 +523,7 @@ class TestData:
                               (good[:media] + noise[media:] + good[half:], "beginning"),
                               (good.replace(b"avc1", b"zzz9"), "known codec")):
             Path("v.mp4").write_bytes(content)
-            with pytest.raises(data.VideoError, match=word):
+            with pytest.raises(VideoError, match=word):
                 numbers_in("v.mp4", range(60))
 
     def test_an_image_is_a_clip_that_stands_still(self):

@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
-from data import (Clips, VideoError, all_frames, centre_crop, centre_frames, decode, find_videos,
-                  frame_numbers, frame_times, normalise, opened, resize_crop, to_rgb)
+from data import Clips, centre_crop, centre_frames, decode, find_videos, normalise, resize_crop
 from extras.evaluate import accuracy, collect, held_out, nearest_neighbours
+from extras.reader import VideoError, all_frames, frame_times, nearest, opened, to_rgb
 from extras.run import (DEVICE, RANK, WORLD, autocast, claim, gather, launch, log, progress,
                         save_atomically, set_up, start_worker)
 from sigma import UserError, load_encoder, read_checkpoint
@@ -68,7 +68,8 @@ def windows_of(path, *, window, stride, step, size, **_):
     clips = [range(start, start + span, stride) for start in range(0, max(n - span, 0) + 1, step)]
     yield dict(path=str(path), fps=1 / float(gap * tick), frames=n, duration=n * float(gap * tick),
                windows=len(clips), feature_stride=step, window_span=span)
-    shown = frame_numbers(ticks, gap, range(max(n, span)))  # beyond the end: the last frame
+    # Of all indices; beyond the end: the last frame.
+    shown = [nearest(ticks, ticks[0] + i * gap) for i in range(max(n, span))]
     numbers = [[shown[i] for i in clip] for clip in clips]  # of the frames that the indices show
     needed, left = set().union(*numbers), set(range(len(clips)))
     pictures, image, row = {}, None, 0

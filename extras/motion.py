@@ -26,7 +26,8 @@ from torchvision.utils import save_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
 import train
-from data import Clips, VideoError, collate, decode, find_videos, resize_crop
+from data import Clips, collate, decode, find_videos, resize_crop
+from extras.reader import VideoError
 from extras.run import launch, log
 from sigma import UserError, tube_mask
 
@@ -35,7 +36,7 @@ I_FRAME, P_FRAME = 1, 2
 
 
 class MotionRecorder:
-    """Collects motion while data.decode reads a video: fields, triples (start, end, field).
+    """Collects motion while decode reads a video: fields, triples (start, end, field).
 
     A field (rows, columns, 2) holds how far the content of each cell of the upright picture moves,
     downwards and to the right, in pixels a frame, from one position to the other; NaN where no

@@ -33,7 +33,8 @@ from torchvision.transforms.v2 import functional as transform
 from torchvision.utils import save_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
-from data import IMAGES, VideoError, decode, normalise, progress, seeded, video_stream
+from data import IMAGES, decode, normalise, progress, seeded
+from extras.reader import VideoError, video_stream
 from extras.run import DEVICE, RANK, WORLD, autocast, gather, launch, log, set_up
 from extras.toy import write_video
 from sigma import UserError, build_model, load_encoder, read_checkpoint

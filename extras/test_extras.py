@@ -28,10 +28,12 @@ import data
 import sigma
 import train
 from data import decode, find_videos, normalise
-from extras import bench, check, curves, features, finetune, motion, pictures, segment, videos, weights
+from extras import (bench, check, curves, features, finetune, motion, pictures, reader, segment,
+                    videos, weights)
 from extras import sinkhorn as sinkhorn_script
 from extras import toy as toy_set
 from extras.finetune import Classifier
+from extras.reader import VideoError
 from extras.run import RunError, launch, loader
 from sigma import Encoder, UserError, build_model, load_encoder, load_model, tube_mask
 
@@ -182,12 +184,12 @@ class TestFeatures:
     def test_an_unreadable_window_keeps_its_row(self, toy, monkeypatch, capsys):
         """The nearest one stands in, so that later rows keep their times."""
         def all_frames(path):
-            yield from islice(data.all_frames(path), 20)
-            raise data.VideoError("damage")
+            yield from islice(reader.all_frames(path), 20)
+            raise VideoError("damage")
 
         def decode_unless_damaged(path, choose):
             if {20, 21}.intersection(*choose(40)):
-                raise data.VideoError("damage")
+                raise VideoError("damage")
             return decode(path, choose)
 
         write_film("set/v.mp4", NOISE)

@@ -31,8 +31,8 @@ import av
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
-from data import (REFORMATTER, SPLITS, SUFFIXES, VideoError, all_frames, decode, find_videos, in_parallel,
-                  opened, quarter_turns)
+from data import SPLITS, SUFFIXES, decode, find_videos, in_parallel
+from extras.reader import REFORMATTER, VideoError, all_frames, opened, quarter_turns
 from extras.run import RunError, claim, draft_of, launch, log
 from sigma import UserError
 from train import at_least, parser_with
