@@ -1,5 +1,5 @@
-"""Curves of pretraining runs: the loss, and the spread of the features of both networks, which falls
-to 0 if they collapse.
+"""Curves of pretraining runs: the loss, and the spread of both networks' features, which falls to 0
+if they collapse.
 
     python extras/curves.py out/toy-tiny-mlp out/toy-tiny-l2 --out curves.svg
 
@@ -75,7 +75,7 @@ def draw_curves(runs, path):
 
 def main(argv=None):
     parser = parser_with(__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, for one SVG of all")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, one SVG for all")
     parser.add_argument("--out", type=Path, default="curves.svg", help="default: curves.svg")
     args = parser.parse_args(argv)
     draw_curves(args.runs, args.out)

@@ -79,8 +79,8 @@ def displacements(fields, indices, box, grid):
     """How far each tube has moved since the slice before, (t, h, w, 2) in tubes, 0 for the first:
     the median over its area and the frames between, 0 where all is missing.
 
-    fields: a MotionRecorder's. indices: the clip's frames. box: the crop (top, left, height, width) in
-    pixels that is resized to the clip, of grid (t, h, w) tubes.
+    fields: a MotionRecorder's. indices: the clip's frames. box: the crop (top, left, height, width)
+    in pixels that is resized to the clip, of grid (t, h, w) tubes.
     """
     (top, left, height, width), (t, h, w) = box, grid
     rows = ((top + (torch.arange(4 * h) + 0.5) * height / (4 * h)) // CELL).long()

@@ -230,7 +230,8 @@ def prepare(args):
                 write(goal, lines.splitlines(keepends=True))
         for (path, *_), reason in in_parallel(re_encode, jobs, args.workers, "preparing"):
             if reason == FULL:
-                raise RunError(f"{FULL} for {target}: make some, then run the same command again to resume")
+                raise RunError(f"{FULL} for {target}: make some, then run the same command "
+                               "again to resume")
             if reason:
                 bad.append(f"{path}: {reason}\n")
         write(target / "bad.txt", bad)
