@@ -325,7 +325,7 @@ class TestMethod:
     @pytest.mark.parametrize("call", [
         "tube_mask(2, (2, 4, 4)).shape", "sinkhorn(torch.rand(9, 4), hard=True).shape",
         "[x.shape for x in compare(torch.rand(2, 3, 4), torch.rand(2, 3, 4), torch.eye(4))]",
-        "symmetric_loss(*torch.rand(2, 9, 4), *torch.rand(2, 9, 4).softmax(dim=2))[0].shape",
+        "symmetric_loss(*torch.rand(2, 9, 4), *torch.rand(2, 9, 4).softmax(dim=2))[0] > 0",
         "Encoder(dim=32, depth=1, heads=2)(torch.rand(1, 3, 2, 32, 32)).shape"])
     def test_parts_run_in_an_empty_file_with_the_imports_that_the_page_names(self, call):
         """The table in extras/ideas.md: what is copied, with which parts, with which imports."""
