@@ -28,7 +28,8 @@ import data
 import sigma
 import train
 from data import decode, find_videos, normalise
-from extras import bench, check, curves, features, finetune, motion, pictures, segment, videos, weights
+from extras import (bench, check, curves, features, finetune, motion, pictures, segment, videos,
+                    weights, windows)
 from extras import sinkhorn as sinkhorn_script
 from extras import toy as toy_set
 from extras.finetune import Classifier
@@ -161,16 +162,26 @@ class TestFeatures:
         assert torch.allclose(tokens["features"], wanted, atol=1e-4)
         assert torch.allclose(pooled["features"], wanted.mean(dim=1), atol=1e-4)
 
+    def test_k_nn_without_labels_is_refused(self, toy):
+        put({"a/0.mp4": 0}, "set")
+        assert run(features, "--init", "run", "--data", "set/a", "--knn") == 2
+
+    def test_the_old_flag_names_the_new_script(self, toy, capsys):
+        assert run(features, *WINDOWS, "out") == 2
+        assert capsys.readouterr().err.strip().endswith("python extras/windows.py")
+
+
+class TestWindows:
     @pytest.mark.parametrize("times, rows", [
         (range(0, 160, 4), 7), (range(0, 40, 4), 1), ([i * i for i in range(40)], 7)])
     def test_windows_have_the_features_of_plain_clips(self, times, rows, toy, monkeypatch):
         """At a constant rate, in a short video, at a varying rate; each frame is decoded once."""
-        decoded, all_frames = [], features.all_frames
-        monkeypatch.setattr(features, "all_frames", lambda path: (
+        decoded, all_frames = [], windows.all_frames
+        monkeypatch.setattr(windows, "all_frames", lambda path: (
             decoded.append(frame) or frame for frame in all_frames(path)))
-        monkeypatch.delattr(features, "decode")
+        monkeypatch.delattr(windows, "decode")
         write_film("set/v.mp4", NOISE[:len(times)], times, tick=10)
-        assert run(features, *WINDOWS, "out") == 0 and len(decoded) == len(times)
+        assert run(windows, *WINDOWS, "out") == 0 and len(decoded) == len(times)
         found = torch.from_numpy(numpy.load("out/v.npy"))
         facts = read_json("out", "windows.json")["videos"]["v"]
         assert found.shape == (rows, 128) and found.dtype == torch.float32
@@ -191,37 +202,36 @@ class TestFeatures:
             return decode(path, choose)
 
         write_film("set/v.mp4", NOISE)
-        monkeypatch.setattr(features, "all_frames", all_frames)
-        monkeypatch.setattr(features, "decode", decode_unless_damaged)
-        assert run(features, *WINDOWS, "out") == 0
+        monkeypatch.setattr(windows, "all_frames", all_frames)
+        monkeypatch.setattr(windows, "decode", decode_unless_damaged)
+        assert run(windows, *WINDOWS, "out") == 0
         found = torch.from_numpy(numpy.load("out/v.npy"))
         facts = read_json("out", "windows.json")["videos"]["v"]
         assert facts["unreadable"] == [2, 3, 4, 5] and "v.mp4: 4 of 7" in capsys.readouterr().out
         assert torch.equal(found[2:4], found[[1, 1]]) and torch.equal(found[4:6], found[[6, 6]])
         assert torch.allclose(found[6], feature_at(24), atol=1e-5)
 
-    def test_windows_go_on_with_the_same_settings_and_stop_with_others(self, toy, capsys):
+    def test_windows_resume_with_the_same_settings_and_stop_with_others(self, toy, capsys):
         put_greys(3, bad=1)
-        assert run(features, *WINDOWS, "out") == 0 and "1.mp4" in capsys.readouterr().out
+        assert run(windows, *WINDOWS, "out") == 0 and "1.mp4" in capsys.readouterr().out
         before = os.stat("out/0.npy").st_mtime_ns
         os.remove("out/2.npy")
-        assert run(features, *WINDOWS, "out") == 0
+        assert run(windows, *WINDOWS, "out") == 0
         assert Path("out/2.npy").exists() and os.stat("out/0.npy").st_mtime_ns == before
-        assert run(features, *WINDOWS, "out", "--step", 8) == 2
+        assert run(windows, *WINDOWS, "out", "--step", 8) == 2
         os.remove("out/windows.json")
-        assert run(features, *WINDOWS, "out") == 2
+        assert run(windows, *WINDOWS, "out") == 2
 
     def test_videos_of_one_name_are_refused(self, toy, capsys):
         put({"a/0.mp4": 0, "b/0.mp4": 0}, "set")
-        assert run(features, *WINDOWS, "out") == 2
+        assert run(windows, *WINDOWS, "out") == 2
         shown = capsys.readouterr().err
         assert "a/0.mp4" in shown and "b/0.mp4" in shown
-        assert run(features, "--init", "run", "--data", "set/a", "--knn") == 2  # no labels
 
     def test_two_processes_write_the_windows_that_one_writes(self, toy):
         put_greys(5, bad=2)
-        assert run(features, *WINDOWS, "one", "--workers", 2) == 0
-        assert "2.mp4" in two_processes(features, *WINDOWS, "two")
+        assert run(windows, *WINDOWS, "one", "--workers", 2) == 0
+        assert "2.mp4" in two_processes(windows, *WINDOWS, "two")
         files = [path for path in Path("one").iterdir() if path.suffix]
         assert len(files) == 5
         for path in files:
