@@ -257,12 +257,67 @@ class TestFineTuning:
         assert rates[first.q_bias] == (0.75 ** 2, 0)
         assert rates[encoder.patch_embed.proj.weight] == (0.75 ** 3, 0.05)
 
+    def test_groups_by_name_have_the_published_rates_and_decay(self):
+        model = Classifier(Encoder(dim=32, depth=2, heads=2, tube=(2, 8, 8)), 5)
+        optimizer, names = finetune.make_optimizer(model), {p: n for n, p in
+                                                            model.named_parameters()}
+        found = {names[p]: (group["scale"], group["weight_decay"])
+                 for group in optimizer.param_groups for p in group["params"]}
+        wanted = {"fc_norm.weight": (1, 0), "fc_norm.bias": (1, 0), "head.weight": (1, 0.05),
+                  "head.bias": (1, 0), "encoder.patch_embed.proj.weight": (0.75 ** 3, 0.05),
+                  "encoder.patch_embed.proj.bias": (0.75 ** 3, 0)}
+        for i, scale in enumerate((0.75 ** 2, 0.75)):
+            wanted |= {f"encoder.blocks.{i}.{name}": (scale, 0.05) for name in (
+                "attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight")}
+            wanted |= {f"encoder.blocks.{i}.{name}": (scale, 0) for name in (
+                "norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "attn.q_bias",
+                "attn.v_bias", "attn.proj.bias", "mlp.fc1.bias", "mlp.fc2.bias")}
+        assert found == wanted
+        assert all(group["betas"] == (0.9, 0.999) for group in optimizer.param_groups)
+
+    @pytest.mark.parametrize("sampling, mirrored", [("dense", True), ("segments", False)])
+    def test_clips_by_segments_are_never_mirrored(self, sampling, mirrored, monkeypatch):
+        asked = []
+        monkeypatch.setattr(finetune, "augment", lambda video, labels, classes, flip: (
+            asked.append(flip) or video.float(), labels))
+        args = argparse.Namespace(repeat=1, augment=True, multi_label=False, amp="off",
+                                  sampling=sampling, flip=True)
+        batch = data.Batch(torch.zeros(2, 3, 2, 8, 8).byte(), None, torch.tensor([0, 1]), None, {})
+        finetune.loss_of(lambda video: torch.zeros(2, 3), batch, args, 3, None)
+        assert asked == [mirrored]
+
+    def test_labels_are_smoothed_by_a_tenth(self):
+        args = argparse.Namespace(repeat=1, augment=False, multi_label=False, amp="off")
+        batch = data.Batch(torch.zeros(1, 3, 2, 8, 8).byte(), None, torch.tensor([0]), None, {})
+        logits = torch.tensor([[3.0, 0, 0, 0]])
+        loss, _ = finetune.loss_of(lambda video: logits, batch, args, 4, None)
+        wanted = -(torch.tensor([0.925, 0.025, 0.025, 0.025]) * logits.log_softmax(dim=1)).sum()
+        assert loss.item() == pytest.approx(wanted.item())
+
+    def test_erased_boxes_have_noise_of_their_own_in_each_frame(self, monkeypatch):
+        """A quarter of the clips lose a box, the same one in all frames."""
+        monkeypatch.setattr(finetune.v2, "RandAugment", lambda *_, **__: finetune.v2.Identity())
+        monkeypatch.setattr(finetune.v2, "MixUp", lambda **_: lambda video, labels: (video, labels))
+        monkeypatch.setattr(finetune.v2, "CutMix", finetune.v2.MixUp)
+        torch.manual_seed(0)
+        still = torch.full((400, 3, 3, 16, 16), 128).byte()
+        video, _ = finetune.augment(still, torch.zeros(400).long(), 2, flip=False)
+        changed = (video != normalise(still, "cpu")[0, :, :1, :1, :1]).isfinite() & (
+            (video - normalise(still, "cpu")).abs() > 1e-3)
+        erased = changed.flatten(1).any(dim=1)
+        assert 0.18 < erased.float().mean() < 0.32
+        inside = changed[erased].all(dim=1).float()
+        assert (inside[:, 0] - inside[:, 1]).abs().mean() < 0.01  # one box
+        assert (video[erased][:, :, 0] - video[erased][:, :, 1]).abs().amax(dim=(1, 2, 3)).min() > 0
+
     def test_all_frames_of_a_clip_are_distorted_alike(self, monkeypatch):
-        """A still one stays still, whatever erases and mixes it; mirrored only if asked."""
+        """A still one stays still, but for the noise that erases; mirrored only if asked."""
         still = torch.randint(256, (6, 3, 1, 16, 16)).byte().expand(-1, -1, 4, -1, -1)
-        for _ in range(20):
-            video, _ = finetune.augment(still, torch.arange(6), 7, flip=True)
-            assert torch.allclose(video, video[:, :, :1].expand_as(video))
+        with monkeypatch.context() as without:
+            without.setattr(finetune.v2, "RandomErasing", lambda *_, **__: finetune.v2.Identity())
+            for _ in range(20):
+                video, _ = finetune.augment(still, torch.arange(6), 7, flip=True)
+                assert torch.allclose(video, video[:, :, :1].expand_as(video))
         monkeypatch.setattr(finetune.v2, "RandAugment", lambda *_, **__: finetune.v2.Identity())
         ramp = torch.arange(32).mul(8).byte().expand(32, 3, 2, 32, 32)  # brighter to the right
         for flip in (False, True):
@@ -313,8 +368,10 @@ class TestFineTuning:
         monkeypatch.setattr(finetune, "collect", lambda *_: (  # scores of two videos, and labels
             torch.tensor([[0.2], [0.9]]), torch.tensor([0, -1])))
         results = finetune.test(argparse.Namespace(**flags), nn.Identity(), [("a", 0), ("b", 1)],
-                                torch.tensor([[1.0], [0.0]]), dict(frames=4, stride=1, size=8))
+                                torch.tensor([[1.0], [0.0]]), dict(frames=4, stride=1, size=8),
+                                ["c: there is no file"])
         assert results["mAP"] == 1 and results["unreadable"] == 1
+        assert (results["named"], results["first_missing"]) == (3, "c: there is no file")
 
     def test_several_labels_a_line_are_learned_and_tested_by_map(self, toy):
         """Without the flag such a list is refused."""
@@ -381,9 +438,11 @@ class TestFineTuning:
         assert run(finetune, "--no-augment", "--repeat", 2, "--out", "never") == 0
 
     @pytest.mark.parametrize("flags, wanted", [
-        ("k400", dict(epochs=100, lr=1e-3, global_batch=256, views=[5, 3], sampling="dense")),
+        ("k400", dict(epochs=100, lr=1e-3, global_batch=256, views=[7, 3], sampling="dense",
+                      repeat=1)),
+        ("ucf101", dict(epochs=100, global_batch=256, views=[5, 3])),
         ("ssv2", dict(epochs=40, lr=1e-3, global_batch=32, views=[2, 3], sampling="segments")),
-        ("ssv2 --freeze", dict(epochs=30, lr=1e-3, global_batch=384)),
+        ("ssv2 --freeze", dict(epochs=30, lr=1e-3, global_batch=384, repeat=2, views=[2, 3])),
         ("mine --init run", dict(epochs=10, lr=4e-3, global_batch=64)),  # tiny ones take toy's
         ("k400 --init run", dict(frames=8, stride=1, size=32)),
         ("k400 --init run --size 64 --stride 3", dict(frames=8, stride=3, size=64)),
