@@ -133,6 +133,12 @@ def check_clip(frames, size, tube):
                         f"{tuple(tube)}: {frames} and {size} are not")
 
 
+def clip_of(content):
+    """Frames, stride and size of the clips of a checkpoint's run, as far as it tells."""
+    args = content.get("args", {})
+    return {name: args[name] for name in ("frames", "stride", "size") if args.get(name)}
+
+
 def parse(argv, *ideas):
     """The flags, with the recipe of --data and --model as defaults. ideas: what main was given in
     place of its own classes; they name the run."""

@@ -32,6 +32,22 @@ def held_out(videos, classes, root, val=None, required=False):
 
 
 @torch.no_grad()
+def finite(forward, video, amp, names):
+    """forward of clips (B, 3, T, S, S) uint8, in float32. What is not finite in the precision amp
+    is computed again in float32, which the log says, with the videos' names. Raises RunError if an
+    output is not finite there either."""
+    for precision in dict.fromkeys((amp, "off")):
+        with autocast(precision):
+            output = forward(normalise(video, DEVICE)).float()
+        if output.isfinite().all():
+            return output
+        log(f"not finite with --amp {precision}: {names}"
+            + ", now in float32" * (precision != "off"))
+    raise RunError("the network's outputs are not finite: its weights are damaged, or its "
+                   f"activations are beyond float32's range, at {names}")
+
+
+@torch.no_grad()
 def collect(forward, clips, amp="off", workers=0):
     """(outputs (n, ...), labels (n, ...)) of all clips in order, on every rank; ranks share the
     work.
@@ -41,26 +57,15 @@ def collect(forward, clips, amp="off", workers=0):
     finite in lower precision is computed again in float32. Raises UserError if none can be read,
     RunError if an output is not finite.
     """
-    def finite(samples):
-        for precision in dict.fromkeys((amp, "off")):
-            with autocast(precision):
-                output = forward(normalise(samples.video, DEVICE)).float()
-            if output.isfinite().all():
-                break
-            log(f"not finite with --amp {precision}: {clips.videos[samples.index[0]][0]} and the "
-                f"{len(samples.index) - 1} after it" + (", now in float32" * (precision != "off")))
-        else:
-            raise RunError("the network's outputs are not finite: its weights are damaged, or its "
-                           "activations are beyond float32's range")
-        return output
-
     batch = max(1, 64 // clips.repeat) if GPU or clips.size < 64 else 1
     keys = [(0, i) for i in range(RANK, len(clips), WORLD)]
     found, unreadable = [], {}
     bar = progress(loader(clips, batch, keys, workers), "evaluating", math.ceil(len(keys) / batch),
                    leave=False, disable=RANK > 0, unit="batch")
     for samples in bar:
-        output = finite(samples).unflatten(0, (len(samples.labels), -1)).mean(dim=1)
+        names = f"{clips.videos[samples.index[0]][0]} and the {len(samples.index) - 1} after it"
+        output = finite(forward, samples.video, amp, names)
+        output = output.unflatten(0, (len(samples.labels), -1)).mean(dim=1)
         found.append((samples.index, samples.labels, output.cpu()))
         unreadable |= samples.bad
     unreadable = gather_dict(unreadable)

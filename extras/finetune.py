@@ -10,13 +10,15 @@ encoder stays as it is, without it rates are x 0.75 per layer down and drop path
 the frames, stride and size of the run that --init names. Which frames: dense (K400), evenly from a
 window of frames x stride, half of them mirrored (unless --no-flip); or segments (SSv2), a random
 one of each of as many equal parts, none mirrored: left and right are labels. Tested on clips x
-crops of each video (--views), probabilities averaged; a video that can't be read counts as wrong.
+crops of each video (--views), probabilities averaged; a video that can't be read counts as wrong,
+one that is missing is counted and named.
 --multi-label (Charades): a list's lines `path 3 17 44` name any number of classes; sigmoids, binary
 cross-entropy without smoothing, mean average precision over the classes that the test set has.
-Without --init it trains from scratch. The same command goes on where it stopped; other --views or
---val test a finished run once more.
+Without --init it trains from scratch. Run the same command again to resume; other --views or --val
+test a finished run once more.
 """
 import json
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -28,21 +30,23 @@ from torchvision.transforms import RandomResizedCrop, v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
 from data import Clips, centre_crop, find_videos, normalise, seeded, told
-from extras.evaluate import accuracy, collect, held_out, mean_average_precision
-from extras.run import (DEVICE, autocast, launch, log, one_first, saved_run, set_up, write_json)
+from extras.evaluate import accuracy, collect, held_out, mean_average_precision, share_of
+from extras.run import DEVICE, autocast, launch, log, one_first, saved_run, set_up, write_json
 from extras.toy import make_toy
 from sigma import IMAGENET_MEAN, IMAGENET_STD, SIZES, build_model, load_encoder, read_checkpoint
-from train import (at_least, check_clip, fit, locate, parser_with, set_blocks,
+from train import (at_least, check_clip, clip_of, fit, locate, parser_with, set_blocks,
                    settings_for)
 
 # What changes in the recipe of pretraining: for all, then by data set, then for probes.
-RECIPE = dict(epochs=100, lr=1e-3, final_lr=1e-6, warmup=5, gpu_batch=16, global_batch=None,
-              views=[5, 3], sampling="dense", augment=True)
-RECIPES = dict.fromkeys(("k400", "ucf101", "hmdb51"), dict(global_batch=8 * 4 * 8)) | {
+DEFAULTS = dict(epochs=100, lr=1e-3, final_lr=1e-6, warmup=5, gpu_batch=16, global_batch=None,
+                views=[5, 3], sampling="dense", augment=True, repeat=1)
+K400 = dict(global_batch=8 * 4 * 8)  # GPUs x clips x accumulated batches, as published
+RECIPES = {
+    "k400": K400 | dict(views=[7, 3]), "ucf101": K400, "hmdb51": K400,
     "ssv2": dict(epochs=40, global_batch=8 * 4, views=[2, 3], sampling="segments"),
     "toy": dict(epochs=10, lr=4e-3, warmup=1, gpu_batch=64, global_batch=64, views=[1, 1],
                 sampling="segments", augment=False)}
-PROBES = {"ssv2": dict(epochs=30, global_batch=8 * 24 * 2), "toy": dict(epochs=5)}
+PROBES = {"ssv2": dict(epochs=30, global_batch=8 * 24 * 2, repeat=2), "toy": dict(epochs=5)}
 
 
 class Classifier(nn.Module):
@@ -123,17 +127,18 @@ def random_crop(height, width, generator):
 def augment(video, labels, classes, flip):
     """Clips (B, 3, T, S, S) uint8, labels on the CPU, (B,) or 0 and 1 (B, classes) -> normalised
     clips, class shares (B, classes). Flip, RandAugment (four operations, each with probability 1/2,
-    strength 7 +- 0.5 of 10), erasing are shared by all frames of a clip; mixup or cutmix joins
-    pairs of clips."""
+    strength 7 +- 0.5 of 10) and the erased box are shared by all frames of a clip, the noise in
+    the box is each frame's own; mixup or cutmix joins pairs of clips."""
     operation = v2.RandomApply([v2.RandomChoice([
         v2.RandAugment(1, strength, 101, fill=[124, 116, 104]) for strength in (64, 70, 76)])], 0.5)
     distort = v2.Compose([
         v2.RandomHorizontalFlip(0.5 if flip else 0), *[operation] * 4,
         v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        v2.RandomErasing(0.25, value="random")])
+        v2.RandomErasing(0.25, value=math.nan)])  # one box; what fills it comes below
     mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=classes),
                            v2.CutMix(alpha=1.0, num_classes=classes)])
     video = torch.stack([distort(clip) for clip in video.transpose(1, 2)])  # B T 3 S S
+    video = torch.where(video.isnan(), torch.randn_like(video), video)
     mixed, shares = mix(video.flatten(1, 2), labels)
     return mixed.view_as(video).transpose(1, 2), shares
 
@@ -158,11 +163,23 @@ def loss_of(network, batch, args, classes, table):
     return loss(logits, labels.to(DEVICE)) * readable.any(), {}
 
 
-def parse(argv):
-    """The flags, with the recipe as defaults, and the encoder of --init or a new one."""
-    parser = parser_with(__doc__, *"init data root val model epochs batch-size repeat lr frames "
-                         "stride size amp workers timeout seed max-steps out".split())
+def finetuning_settings(data, model, freeze=False, clip=None):
+    """The recipe for an encoder, "tiny" to "huge" or "other", on a data set. clip: frames, stride
+    and size of the clips that it was trained on, which come before a recipe's."""
+    key = "toy" if model == "tiny" else data
+    probe = PROBES.get(key, dict(epochs=30)) if freeze else {}
+    return settings_for(data, model) | DEFAULTS | RECIPES.get(key, {}) | probe | (clip or {})
+
+
+def make_parser():
+    """The parser of the flags; what they mean here, where it is not what train.py says."""
+    parser = parser_with(__doc__, *"init data root val epochs batch-size lr frames stride size amp "
+                         "workers timeout seed max-steps out".split())
     add = parser.add_argument
+    add("--model", choices=SIZES, help="to train from scratch: tiny (default for toy) to huge "
+        "(default: base); --init brings its own")
+    add("--repeat", type=at_least(1), help="clips from each decoding (default: 2 for a probe on "
+        "ssv2, else 1)")
     add("--accum", type=at_least(1), help="batches per step (default: as many as make the "
         "recipe's global batch)")
     add("--freeze", action="store_true", help="linear probe: train LayerNorm and head alone")
@@ -173,23 +190,28 @@ def parse(argv):
     add("--sampling", choices=["dense", "segments"], help="frames of a clip, see above")
     add("--no-augment", dest="augment", action="store_false", help="centre crops alone, as for toy")
     add("--no-flip", dest="flip", action="store_false", help="if classes tell left from right")
+    return parser
+
+
+def parse(argv):
+    """The flags, with the recipe as defaults, and the encoder of --init or a new one."""
+    parser = make_parser()
     known, _ = parser.parse_known_args(argv)
     torch.manual_seed(known.seed)
-    size = known.model or ("tiny" if known.data == "toy" else "base")
-    encoder = (load_encoder(known.init) if known.init else
-               build_model(size, tube=settings_for(known.data, size)["tube"]).encoder)
-    trained = read_checkpoint(known.init).get("args", {}) if known.init else {}
+    if known.init:
+        encoder, clip = load_encoder(known.init), clip_of(read_checkpoint(known.init))
+    else:
+        size = known.model or ("tiny" if known.data == "toy" else "base")
+        encoder, clip = build_model(size, tube=settings_for(known.data, size)["tube"]).encoder, {}
     model = {row["dim"]: name for name, row in SIZES.items()}.get(encoder.dim, "other")
-    own, task = "toy" if model == "tiny" else known.data, "probe" if known.freeze else "finetune"
-    clip = {name: trained[name] for name in ("frames", "stride", "size") if trained.get(name)}
-    parser.set_defaults(**settings_for(known.data, model) | RECIPE | RECIPES.get(own, {}) | clip)
-    parser.set_defaults(**PROBES.get(own, dict(epochs=30)) if known.freeze else {}, model=model,
-                        least_steps=0, eval_every=0, keep_every=0,
-                        out=f"out/{Path(known.data).resolve().stem}-{task}")
+    task = "probe" if known.freeze else "finetune"
+    parser.set_defaults(**finetuning_settings(known.data, model, known.freeze, clip) | dict(
+        model=model, least_steps=0, eval_every=0, keep_every=0,
+        out=f"out/{Path(known.data).resolve().stem}-{task}"))
     args = parser.parse_args(argv)
     check_clip(args.frames, args.size, encoder.tube)
     if args.batch_size and args.batch_size % args.repeat:
-        parser.error("--batch-size must be divisible by --repeat")
+        parser.error(f"--batch-size must be divisible by --repeat, {args.repeat}")
     if args.model != model:
         parser.error(f"--init holds a {model} encoder: leave out --model")
     return args, encoder
@@ -215,8 +237,9 @@ def make_optimizer(model):
 
 
 def find_labelled(args, root):
-    """Videos to train and to test on, the number of classes, and None; or, with --multi-label, a
-    table (videos, classes) of 0 and 1, and the label of a video is its row in it."""
+    """Videos to train and to test on, what was skipped of the latter, the number of classes, and
+    None; or, with --multi-label, a table (videos, classes) of 0 and 1, and the label of a video is
+    its row in it."""
     videos, names, skipped = find_videos(root, several=args.multi_label)
     tests, lacking = held_out(videos, names, root, args.val, required=True)
     log(f"data      {len(videos):,} videos to train on{told(skipped)}\n"
@@ -230,11 +253,12 @@ def find_labelled(args, root):
         rows = [(path, i) for i, (path, _) in enumerate(videos + tests)]
         videos, tests = rows[:len(videos)], rows[len(videos):]
     videos = limit(videos, args.limit, args.seed) if args.limit else videos
-    return videos, tests, classes, table
+    return videos, tests, lacking, classes, table
 
 
-def test(args, model, tests, table, options):
-    """What the model gets right of the test videos, as results.json holds it."""
+def test(args, model, tests, table, options, lacking=()):
+    """What the model gets right of the test videos, as results.json holds it. lacking: what was
+    named to test on but skipped."""
     views = Views(tests, **options, repeat=args.views[0] * args.views[1], tries=1,
                   choose=partial(view_frames, views=args.views[0], sampling=args.sampling))
     last = nn.Sigmoid() if args.multi_label else nn.Softmax(dim=1)
@@ -246,26 +270,17 @@ def test(args, model, tests, table, options):
         results = {f"top{k}": accuracy(scores, labels, k) for k in (1, 5)}
     figures = [f"{name} {x:.1%}" for name, x in results.items()]
     flags = [f"{name} {vars(args)[name]}" for name in "freeze epochs lr sampling views".split()]
+    named = len(tests) + len(lacking)
     return results | dict(
-        videos=len(labels), unreadable=int((labels < 0).sum()), args=vars(args),
-        summary=f"{', '.join(figures)} of {len(labels):,} videos; {', '.join(flags)}")
+        videos=len(labels), named=named, missing=len(lacking),
+        first_missing=next(iter(lacking), None), unreadable=int((labels < 0).sum()),
+        args=vars(args), summary=f"{', '.join(figures)} {share_of(len(labels), named)}"
+        f"{told(lacking) if lacking else ''}; {', '.join(flags)}")
 
 
-def main(argv=None):
-    """One run, from the flags to the results."""
-    args, encoder = parse(argv)
-    set_up()
-    out, root, toy = Path(args.out), locate(args.data, args.root), args.data == "toy"
-    saved, finished = saved_run(args), out / "results.json"
-    if saved and finished.exists():
-        results = json.loads(finished.read_text(encoding="utf-8"))
-        if [results["args"][name] for name in ("views", "val")] == [args.views, args.val]:
-            return log(f"{results['summary']}; other --views or --val test it again")
-    if toy:
-        one_first(lambda: make_toy(root))
-    videos, tests, classes, table = find_labelled(args, root)
-    sizes = dict(dim=encoder.dim, depth=len(encoder.blocks), heads=encoder.blocks[0].attn.heads,
-                 tube=encoder.tube, classes=classes)
+def make_model(args, encoder, classes, saved):
+    """The Classifier on its device; a new one takes the head of --init if that has as many
+    classes."""
     model = Classifier(encoder, classes, 0.0 if args.freeze else 0.1).to(DEVICE)
     if args.init and not saved:
         head = {name: w for name, w in read_checkpoint(args.init)["model"].items()
@@ -274,7 +289,25 @@ def main(argv=None):
         log(f"weights   the encoder of {args.init}, {', '.join(head) or 'a new head'}")
     encoder.requires_grad_(not args.freeze)
     set_blocks(encoder.blocks, recompute=encoder.dim >= 1024)  # memory before speed
+    return model
 
+
+def main(argv=None):
+    """One run, from the flags to the results."""
+    args, encoder = parse(argv)
+    set_up()
+    root, toy = locate(args.data, args.root), args.data == "toy"
+    saved, finished = saved_run(args), Path(args.out, "results.json")
+    if saved and finished.exists():
+        results = json.loads(finished.read_text(encoding="utf-8"))
+        if [results["args"][name] for name in ("views", "val")] == [args.views, args.val]:
+            return log(f"{results['summary']}; other --views or --val test it again")
+    if toy:
+        one_first(lambda: make_toy(root))
+    videos, tests, lacking, classes, table = find_labelled(args, root)
+    sizes = dict(dim=encoder.dim, depth=len(encoder.blocks), heads=encoder.blocks[0].attn.heads,
+                 tube=encoder.tube, classes=classes)
+    model = make_model(args, encoder, classes, saved)
     options = dict(frames=args.frames, stride=args.stride, size=args.size, tube=encoder.tube,
                    ratio=None, seed=args.seed, cache={} if toy else None)
     clips = Clips(videos, **options, repeat=args.repeat,
@@ -282,9 +315,8 @@ def main(argv=None):
                   choose=dense_frames if args.sampling == "dense" else segment_frames)
     finished.unlink(missing_ok=True)  # of other views, or of a run that was here before
     loss = partial(loss_of, args=args, classes=classes, table=table)
-    if fit(args, model, make_optimizer(model), clips, loss,
-           facts=dict(sizes=sizes), saved=saved):
-        results = test(args, model, tests, table, options)
+    if fit(args, model, make_optimizer(model), clips, loss, facts=dict(sizes=sizes), saved=saved):
+        results = test(args, model, tests, table, options, lacking)
         write_json(finished, results)
         log(results["summary"])
 

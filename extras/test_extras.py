@@ -28,7 +28,7 @@ import sigma
 import train
 from data import decode, find_videos, normalise
 from extras import (bench, check, curves, features, finetune, motion, pictures, reader, segment,
-                    videos, weights)
+                    videos, weights, windows)
 from extras import sinkhorn as sinkhorn_script
 from extras import toy as toy_set
 from extras.finetune import Classifier
@@ -162,16 +162,26 @@ class TestFeatures:
         assert torch.allclose(tokens["features"], wanted, atol=1e-4)
         assert torch.allclose(pooled["features"], wanted.mean(dim=1), atol=1e-4)
 
+    def test_k_nn_without_labels_is_refused(self, toy):
+        put({"a/0.mp4": 0}, "set")
+        assert run(features, "--init", "run", "--data", "set/a", "--knn") == 2
+
+    def test_the_old_flag_names_the_new_script(self, toy, capsys):
+        assert run(features, *WINDOWS, "out") == 2
+        assert capsys.readouterr().err.strip().endswith("python extras/windows.py")
+
+
+class TestWindows:
     @pytest.mark.parametrize("times, rows", [
         (range(0, 160, 4), 7), (range(0, 40, 4), 1), ([i * i for i in range(40)], 7)])
     def test_windows_have_the_features_of_plain_clips(self, times, rows, toy, monkeypatch):
         """At a constant rate, in a short video, at a varying rate; each frame is decoded once."""
-        decoded, all_frames = [], features.all_frames
-        monkeypatch.setattr(features, "all_frames", lambda path: (
+        decoded, all_frames = [], windows.all_frames
+        monkeypatch.setattr(windows, "all_frames", lambda path: (
             decoded.append(frame) or frame for frame in all_frames(path)))
-        monkeypatch.delattr(features, "decode")
+        monkeypatch.delattr(windows, "decode")
         write_film("set/v.mp4", NOISE[:len(times)], times, tick=10)
-        assert run(features, *WINDOWS, "out") == 0 and len(decoded) == len(times)
+        assert run(windows, *WINDOWS, "out") == 0 and len(decoded) == len(times)
         found = torch.from_numpy(numpy.load("out/v.npy"))
         facts = read_json("out", "windows.json")["videos"]["v"]
         assert found.shape == (rows, 128) and found.dtype == torch.float32
@@ -192,37 +202,36 @@ class TestFeatures:
             return decode(path, choose)
 
         write_film("set/v.mp4", NOISE)
-        monkeypatch.setattr(features, "all_frames", all_frames)
-        monkeypatch.setattr(features, "decode", decode_unless_damaged)
-        assert run(features, *WINDOWS, "out") == 0
+        monkeypatch.setattr(windows, "all_frames", all_frames)
+        monkeypatch.setattr(windows, "decode", decode_unless_damaged)
+        assert run(windows, *WINDOWS, "out") == 0
         found = torch.from_numpy(numpy.load("out/v.npy"))
         facts = read_json("out", "windows.json")["videos"]["v"]
         assert facts["unreadable"] == [2, 3, 4, 5] and "v.mp4: 4 of 7" in capsys.readouterr().out
         assert torch.equal(found[2:4], found[[1, 1]]) and torch.equal(found[4:6], found[[6, 6]])
         assert torch.allclose(found[6], feature_at(24), atol=1e-5)
 
-    def test_windows_go_on_with_the_same_settings_and_stop_with_others(self, toy, capsys):
+    def test_windows_resume_with_the_same_settings_and_stop_with_others(self, toy, capsys):
         put_greys(3, bad=1)
-        assert run(features, *WINDOWS, "out") == 0 and "1.mp4" in capsys.readouterr().out
+        assert run(windows, *WINDOWS, "out") == 0 and "1.mp4" in capsys.readouterr().out
         before = os.stat("out/0.npy").st_mtime_ns
         os.remove("out/2.npy")
-        assert run(features, *WINDOWS, "out") == 0
+        assert run(windows, *WINDOWS, "out") == 0
         assert Path("out/2.npy").exists() and os.stat("out/0.npy").st_mtime_ns == before
-        assert run(features, *WINDOWS, "out", "--step", 8) == 2
+        assert run(windows, *WINDOWS, "out", "--step", 8) == 2
         os.remove("out/windows.json")
-        assert run(features, *WINDOWS, "out") == 2
+        assert run(windows, *WINDOWS, "out") == 2
 
     def test_videos_of_one_name_are_refused(self, toy, capsys):
         put({"a/0.mp4": 0, "b/0.mp4": 0}, "set")
-        assert run(features, *WINDOWS, "out") == 2
+        assert run(windows, *WINDOWS, "out") == 2
         shown = capsys.readouterr().err
         assert "a/0.mp4" in shown and "b/0.mp4" in shown
-        assert run(features, "--init", "run", "--data", "set/a", "--knn") == 2  # no labels
 
     def test_two_processes_write_the_windows_that_one_writes(self, toy):
         put_greys(5, bad=2)
-        assert run(features, *WINDOWS, "one", "--workers", 2) == 0
-        assert "2.mp4" in two_processes(features, *WINDOWS, "two")
+        assert run(windows, *WINDOWS, "one", "--workers", 2) == 0
+        assert "2.mp4" in two_processes(windows, *WINDOWS, "two")
         files = [path for path in Path("one").iterdir() if path.suffix]
         assert len(files) == 5
         for path in files:
@@ -248,12 +257,67 @@ class TestFineTuning:
         assert rates[first.q_bias] == (0.75 ** 2, 0)
         assert rates[encoder.patch_embed.proj.weight] == (0.75 ** 3, 0.05)
 
+    def test_groups_by_name_have_the_published_rates_and_decay(self):
+        model = Classifier(Encoder(dim=32, depth=2, heads=2, tube=(2, 8, 8)), 5)
+        optimizer, names = finetune.make_optimizer(model), {p: n for n, p in
+                                                            model.named_parameters()}
+        found = {names[p]: (group["scale"], group["weight_decay"])
+                 for group in optimizer.param_groups for p in group["params"]}
+        wanted = {"fc_norm.weight": (1, 0), "fc_norm.bias": (1, 0), "head.weight": (1, 0.05),
+                  "head.bias": (1, 0), "encoder.patch_embed.proj.weight": (0.75 ** 3, 0.05),
+                  "encoder.patch_embed.proj.bias": (0.75 ** 3, 0)}
+        for i, scale in enumerate((0.75 ** 2, 0.75)):
+            wanted |= {f"encoder.blocks.{i}.{name}": (scale, 0.05) for name in (
+                "attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight")}
+            wanted |= {f"encoder.blocks.{i}.{name}": (scale, 0) for name in (
+                "norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "attn.q_bias",
+                "attn.v_bias", "attn.proj.bias", "mlp.fc1.bias", "mlp.fc2.bias")}
+        assert found == wanted
+        assert all(group["betas"] == (0.9, 0.999) for group in optimizer.param_groups)
+
+    @pytest.mark.parametrize("sampling, mirrored", [("dense", True), ("segments", False)])
+    def test_clips_by_segments_are_never_mirrored(self, sampling, mirrored, monkeypatch):
+        asked = []
+        monkeypatch.setattr(finetune, "augment", lambda video, labels, classes, flip: (
+            asked.append(flip) or video.float(), labels))
+        args = argparse.Namespace(repeat=1, augment=True, multi_label=False, amp="off",
+                                  sampling=sampling, flip=True)
+        batch = data.Batch(torch.zeros(2, 3, 2, 8, 8).byte(), None, torch.tensor([0, 1]), None, {})
+        finetune.loss_of(lambda video: torch.zeros(2, 3), batch, args, 3, None)
+        assert asked == [mirrored]
+
+    def test_labels_are_smoothed_by_a_tenth(self):
+        args = argparse.Namespace(repeat=1, augment=False, multi_label=False, amp="off")
+        batch = data.Batch(torch.zeros(1, 3, 2, 8, 8).byte(), None, torch.tensor([0]), None, {})
+        logits = torch.tensor([[3.0, 0, 0, 0]])
+        loss, _ = finetune.loss_of(lambda video: logits, batch, args, 4, None)
+        wanted = -(torch.tensor([0.925, 0.025, 0.025, 0.025]) * logits.log_softmax(dim=1)).sum()
+        assert loss.item() == pytest.approx(wanted.item())
+
+    def test_erased_boxes_have_noise_of_their_own_in_each_frame(self, monkeypatch):
+        """A quarter of the clips lose a box, the same one in all frames."""
+        monkeypatch.setattr(finetune.v2, "RandAugment", lambda *_, **__: finetune.v2.Identity())
+        monkeypatch.setattr(finetune.v2, "MixUp", lambda **_: lambda video, labels: (video, labels))
+        monkeypatch.setattr(finetune.v2, "CutMix", finetune.v2.MixUp)
+        torch.manual_seed(0)
+        still = torch.full((400, 3, 3, 16, 16), 128).byte()
+        video, _ = finetune.augment(still, torch.zeros(400).long(), 2, flip=False)
+        changed = (video != normalise(still, "cpu")[0, :, :1, :1, :1]).isfinite() & (
+            (video - normalise(still, "cpu")).abs() > 1e-3)
+        erased = changed.flatten(1).any(dim=1)
+        assert 0.18 < erased.float().mean() < 0.32
+        inside = changed[erased].all(dim=1).float()
+        assert (inside[:, 0] - inside[:, 1]).abs().mean() < 0.01  # one box
+        assert (video[erased][:, :, 0] - video[erased][:, :, 1]).abs().amax(dim=(1, 2, 3)).min() > 0
+
     def test_all_frames_of_a_clip_are_distorted_alike(self, monkeypatch):
-        """A still one stays still, whatever erases and mixes it; mirrored only if asked."""
+        """A still one stays still, but for the noise that erases; mirrored only if asked."""
         still = torch.randint(256, (6, 3, 1, 16, 16)).byte().expand(-1, -1, 4, -1, -1)
-        for _ in range(20):
-            video, _ = finetune.augment(still, torch.arange(6), 7, flip=True)
-            assert torch.allclose(video, video[:, :, :1].expand_as(video))
+        with monkeypatch.context() as without:
+            without.setattr(finetune.v2, "RandomErasing", lambda *_, **__: finetune.v2.Identity())
+            for _ in range(20):
+                video, _ = finetune.augment(still, torch.arange(6), 7, flip=True)
+                assert torch.allclose(video, video[:, :, :1].expand_as(video))
         monkeypatch.setattr(finetune.v2, "RandAugment", lambda *_, **__: finetune.v2.Identity())
         ramp = torch.arange(32).mul(8).byte().expand(32, 3, 2, 32, 32)  # brighter to the right
         for flip in (False, True):
@@ -304,8 +368,10 @@ class TestFineTuning:
         monkeypatch.setattr(finetune, "collect", lambda *_: (  # scores of two videos, and labels
             torch.tensor([[0.2], [0.9]]), torch.tensor([0, -1])))
         results = finetune.test(argparse.Namespace(**flags), nn.Identity(), [("a", 0), ("b", 1)],
-                                torch.tensor([[1.0], [0.0]]), dict(frames=4, stride=1, size=8))
+                                torch.tensor([[1.0], [0.0]]), dict(frames=4, stride=1, size=8),
+                                ["c: there is no file"])
         assert results["mAP"] == 1 and results["unreadable"] == 1
+        assert (results["named"], results["first_missing"]) == (3, "c: there is no file")
 
     def test_several_labels_a_line_are_learned_and_tested_by_map(self, toy):
         """Without the flag such a list is refused."""
@@ -372,9 +438,11 @@ class TestFineTuning:
         assert run(finetune, "--no-augment", "--repeat", 2, "--out", "never") == 0
 
     @pytest.mark.parametrize("flags, wanted", [
-        ("k400", dict(epochs=100, lr=1e-3, global_batch=256, views=[5, 3], sampling="dense")),
+        ("k400", dict(epochs=100, lr=1e-3, global_batch=256, views=[7, 3], sampling="dense",
+                      repeat=1)),
+        ("ucf101", dict(epochs=100, global_batch=256, views=[5, 3])),
         ("ssv2", dict(epochs=40, lr=1e-3, global_batch=32, views=[2, 3], sampling="segments")),
-        ("ssv2 --freeze", dict(epochs=30, lr=1e-3, global_batch=384)),
+        ("ssv2 --freeze", dict(epochs=30, lr=1e-3, global_batch=384, repeat=2, views=[2, 3])),
         ("mine --init run", dict(epochs=10, lr=4e-3, global_batch=64)),  # tiny ones take toy's
         ("k400 --init run", dict(frames=8, stride=1, size=32)),
         ("k400 --init run --size 64 --stride 3", dict(frames=8, stride=3, size=64)),
