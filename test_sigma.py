@@ -98,6 +98,38 @@ def dino(side=2, width=128):
                  for name, weight in vit.state_dict().items()}
 
 
+def dinov2_by_formula(registers=0, dim=128):
+    """Weights of two blocks of a DINOv2, patches of 14, 3 x 3 positions, in its authors' names."""
+    block = {"norm1": (dim,), "norm2": (dim,), "attn.qkv": (3 * dim, dim), "attn.proj": (dim, dim),
+             "mlp.fc1": (4 * dim, dim), "mlp.fc2": (dim, 4 * dim)}
+    layers = {f"blocks.{i}.{name}": shape for i in (0, 1) for name, shape in block.items()}
+    layers |= {"norm": (dim,), "patch_embed.proj": (dim, 3, 14, 14)}
+    shapes = {f"{name}.weight": shape for name, shape in layers.items()}
+    shapes |= {f"{name}.bias": shape[:1] for name, shape in layers.items()}
+    shapes |= {f"blocks.{i}.ls{j}.gamma": (dim,) for i in (0, 1) for j in (1, 2)}
+    shapes |= {"cls_token": (1, 1, dim), "mask_token": (1, dim), "pos_embed": (1, 10, dim)}
+    shapes |= {"register_tokens": (1, registers, dim)} if registers else {}
+    return {name: (0.2 * by_formula(name, shape)).float() for name, shape in shapes.items()}
+
+
+def of_hugging_face(weights):
+    """Weights of transformers' DINOv2, version 4 or 5, in its authors' names."""
+    names = {"embeddings.patch_embeddings.projection": "patch_embed.proj", "embeddings\\.": "",
+             "position_embeddings": "pos_embed", "encoder.layer.": "blocks.",
+             "attention.(output.dense|o_proj)": "attn.proj", "attention.(attention.)?": "attn.",
+             r"layer_scale(\d)\.lambda1": r"ls\1.gamma", "layernorm": "norm",
+             r"query|q_proj": "qkv", "key|k_proj": "key", "value|v_proj": "value"}
+    for old, new in names.items():
+        weights = {re.sub(old, new, name): w for name, w in weights.items()}
+    for name in [name for name in weights if ".qkv." in name]:
+        rows = [weights.pop(name.replace("qkv", part)) for part in ("qkv", "key", "value")]
+        weights[name] = torch.cat(rows)
+    return weights
+
+
+FIGURES = {"plain": [6.74277, -0.938951], "registers": [6.31132, -1.52093]}  # norm, weighted sum
+
+
 class TestMethod:
     @pytest.mark.parametrize("target", ["mlp", "dino", "pixel", "l2"])
     def test_the_loss_and_its_gradient_written_out(self, target):
@@ -297,6 +329,78 @@ class TestMethod:
             tokens = Teacher(weights).train()(video.requires_grad_())
         assert torch.allclose(tokens.view(wanted.shape), wanted, atol=1e-4) and not tokens.grad_fn
         assert Teacher(weights, TUBE)(video[..., :16]).shape == (2, 2 * 2 * h * 2, 128)
+
+    @pytest.mark.parametrize("registers, h, w", [(0, 3, 3), (4, 3, 3), (4, 5, 4)])
+    def test_dinov2_as_transformers_computes_it(self, registers, h, w):
+        """At other grids without registers its authors add 0.1, which transformers does not."""
+        transformers = pytest.importorskip("transformers")
+        kind = "Dinov2WithRegisters" if registers else "Dinov2"
+        sizes = {"num_register_tokens": registers} if registers else {}
+        config = getattr(transformers, f"{kind}Config")(
+            hidden_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=42,
+            patch_size=14, **sizes)
+        model = getattr(transformers, f"{kind}Model")(config).eval()
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        video = torch.randn(2, 3, 2, 14 * h, 14 * w)
+        with torch.no_grad():
+            wanted = model(video[:, :, 0]).last_hidden_state[:, 1 + registers:]
+        found = Teacher(of_hugging_face(model.state_dict()), (2, 14, 14))(video)
+        assert torch.allclose(found, wanted, atol=1e-5)
+
+    @pytest.mark.parametrize("kind", FIGURES)
+    def test_dinov2_where_transformers_is_not_installed(self, kind):
+        """Figures written down from transformers' models with weights by a formula."""
+        registers, h, w = (4, 4, 2) if kind == "registers" else (0, 3, 3)
+        found = Teacher(dinov2_by_formula(registers), (2, 14, 14))(
+            by_formula("video", (1, 3, 2, 14 * h, 14 * w)).float())
+        ramp = torch.linspace(-1, 1, found.numel()).view(found.shape)
+        assert [found.norm(), (found * ramp).sum()] == pytest.approx(FIGURES[kind], rel=1e-4)
+
+    @pytest.mark.parametrize("registers", [0, 4])
+    def test_what_surrounds_a_teacher_s_weights_changes_nothing(self, registers):
+        """Wrappers of training code, heads, MAE's decoder, chunks of blocks; iBOT's and timm's
+        names for the same; half precision is read too."""
+        plain, video = dinov2_by_formula(registers), torch.randn(1, 3, 2, 42, 42)
+        wanted = Teacher(plain, (2, 14, 14))(video)
+        more = plain | {"decoder_blocks.0.norm1.weight": torch.ones(2), "head.weight": torch.ones(2)}
+        chunks = {n.replace("blocks.", "blocks.0."): w for n, w in plain.items()}
+        ibot = {re.sub(r"ls(\d)\.gamma", r"gamma_\1", n): w for n, w in plain.items()}
+        timm = {n.replace("register_tokens", "reg_token"): w for n, w in plain.items()}
+        place = timm["pos_embed"].split([1, 9], dim=1)
+        timm |= {"cls_token": timm["cls_token"] + place[0], "pos_embed": place[1]}
+        half = {n: w.half() for n, w in plain.items()}
+        student = {n: w + 1 for n, w in plain.items()}
+        train = {f"{who}.backbone.{n}": w for who, part in (("student", student), ("teacher", plain))
+                 for n, w in part.items()} | {"teacher.dino_head.mlp.0.weight": torch.ones(2)}
+        for content in (more, chunks, ibot, timm, {"model": more, "epoch": 3}, {"model": train},
+                        {"student": student, "teacher": {f"module._orig_mod.backbone.{n}": w
+                                                         for n, w in plain.items()}},
+                        {"state_dict": {f"model.{n}": w for n, w in plain.items()}}):
+            found = Teacher(sigma.plain_weights(content, "a.pth"), (2, 14, 14))(video)
+            assert torch.allclose(found, wanted, atol=1e-5)
+        assert torch.allclose(Teacher(half, (2, 14, 14))(video), wanted, atol=0.05)
+        biases = {n: w for n, w in plain.items() if "qkv.bias" not in n}
+        zeros = plain | {n: w * 0 for n, w in plain.items() if "qkv.bias" in n}
+        assert torch.equal(*(Teacher(x, (2, 14, 14))(video) for x in (biases, zeros)))
+
+    @pytest.mark.parametrize("name, word", [
+        ("blocks.0.mlp.w12.weight", "SwiGLU"), ("rope_embed.periods", "rotary"),
+        ("blocks.0.attn.q_norm.weight", "norms of queries"), ("norm_pre.weight", "CLIP"),
+        ("blocks.0.attn.rel_pos", "rel_pos")])
+    def test_a_teacher_with_more_than_a_plain_vit_is_refused(self, name, word):
+        with pytest.raises(UserError, match=word):
+            Teacher(dinov2_by_formula() | {name: torch.ones(2)})
+
+    def test_a_teacher_in_other_names_or_widths_is_refused(self):
+        with pytest.raises(UserError, match="Hugging Face"):
+            Teacher({"embeddings.cls_token": torch.ones(1, 1, 64)})
+        with pytest.raises(UserError, match="96 wide"):
+            Teacher(dinov2_by_formula(dim=96))
+        for content, word in (({"net": {}}, "net"),
+                              ({"a": torch.tensor([math.nan])}, "not finite: a")):
+            with pytest.raises(UserError, match=word):
+                sigma.plain_weights(content, "a.pth")
 
     def test_checkpoints_load_wholly_or_stop(self):
         model, loaders = small(), (load_model, sigma.load_encoder)

@@ -6,8 +6,8 @@
 
 The paper's third benchmark, mean intersection over union on DAVIS 2017 and YouTube-VOS. Videos are
 ROOT/JPEGImages/[480p/]<video>/*.jpg with ROOT/Annotations/[480p/]<video>/*.png: palette indices are
-objects, 0 is background, 255 void and counted as background; grey masks have 255 for one object. Of
-the videos in ImageSets/<year>/val.txt if that is there, else of all.
+objects, 0 is background, 255 void and counted as background; in a video whose grey masks hold 0 and
+255 alone (or soft edges between), 255 is the object. Of the videos in ImageSets/<year>/val.txt if that is there, else of all.
 
 Protocol. From the paper: tokens of the whole clip, without mask; *clustering* has as many clusters
 as there are segments, *overclustering* more. Chosen here, since the paper does not say: clips of
@@ -19,7 +19,6 @@ to its first frame, and counts if that is annotated; maps brought to the annotat
 of IoUs is largest; overclustering: each of --clusters goes to the segment that it overlaps most.
 Means over segments, then clips, then videos.
 """
-import json
 import sys
 from functools import cache
 from pathlib import Path
@@ -35,7 +34,8 @@ from torchvision.utils import save_image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
 from data import IMAGES, decode, normalise, progress, seeded
 from extras.reader import VideoError, video_stream
-from extras.run import DEVICE, RANK, WORLD, autocast, gather, launch, log, set_up
+from extras.run import (DEVICE, RANK, WORLD, RunError, autocast, gather_dict, launch, log, set_up,
+                        write_json)
 from extras.toy import write_video
 from sigma import UserError, build_model, load_encoder, read_checkpoint
 from train import at_least, parser_with
@@ -45,16 +45,36 @@ COLOURS = torch.tensor([[0, 0, 0], [230, 25, 75], [60, 180, 75], [255, 225, 25],
 
 
 def read_mask(path):
-    """The segments of an annotation, (H, W): palette indices, or 0 and 1 from a grey mask."""
-    with open(path, "rb") as file, av.open(file) as container:
-        frame = next(container.decode(video_stream(container)))
+    """An annotation's numbers (H, W), 0 to 255, and whether it is grey; else palette indices.
+    Raises UserError if it holds colours or can't be read."""
+    try:
+        with open(path, "rb") as file, av.open(file) as container:
+            frame = next(container.decode(video_stream(container)))
+    except (OSError, VideoError, av.FFmpegError, StopIteration) as error:
+        raise UserError(f"{path} can't be read: {error or 'it holds no image'}") from error
     if frame.format.name == "pal8":
-        mask = torch.from_numpy(frame.to_ndarray()[0]).long()  # without the palette
-        return mask.masked_fill(mask == 255, 0)
+        return torch.from_numpy(frame.to_ndarray()[0]).long(), False  # without the palette
     if frame.format.name not in ("gray", "monob", "monow"):
         raise UserError(f"{path} holds colours ({frame.format.name}), not the indices of segments")
-    mask = torch.from_numpy(frame.to_ndarray(format="gray", threads=1)).long()
-    return (mask > 127).long() if mask.max() > 127 else mask
+    return torch.from_numpy(frame.to_ndarray(format="gray", threads=1)).long(), True
+
+
+def read_masks(paths):
+    """{stem: segments (H, W)} of one video's annotations {stem: path}. 255 is void, as background,
+    beside numbers of objects; where a whole video has none, 255 is its object in grey masks."""
+    read = {stem: read_mask(path) for stem, path in paths.items()}
+    numbers = {n for mask, _ in read.values() for n in mask.unique().tolist()} - {0, 255}
+    binary = all(grey for _, grey in read.values()) and not any(n < 128 for n in numbers)
+    return {stem: (mask > 127).long() if binary else mask.masked_fill(mask == 255, 0)
+            for stem, (mask, _) in read.items()}
+
+
+def read_image(path, size):
+    """An image (1, 3, size, size), 0 to 255. Raises UserError."""
+    try:
+        return transform.resize(decode(path, lambda n: [[0]])[0], [size, size])
+    except (OSError, VideoError, av.FFmpegError) as error:
+        raise UserError(f"{path} can't be read: {error}") from error
 
 
 def find_frames(root):
@@ -135,22 +155,21 @@ def maps(tokens, k, args, generator):
 def segment_video(tokens_of, frames, masks, args, tubelet, generator):
     """For each clip of a video with annotations its mean IoU by clustering and overclustering, with
     and without background, (2, 2); and images (slices, 4, 3, size, size): frame, truth, both."""
-    scores, shown = [], []
+    scores, shown, paths_of, masks = [], [], masks, read_masks(masks)
     for start in range(0, len(frames), args.frames):
         paths = frames[start:start + args.frames]
         firsts = [i for i in range(0, len(paths), tubelet) if paths[i].stem in masks]
         if not firsts:
             continue
-        images = [transform.resize(decode(path, lambda n: [[0]])[0], [args.size, args.size])
-                  for path in paths]
+        images = [read_image(path, args.size) for path in paths]
         clip = torch.cat(images + images[-1:] * (args.frames - len(images)))  # T 3 S S
         true = torch.cat([transform.resize(
-            read_mask(masks[paths[i].stem])[None], [args.size, args.size],
+            masks[paths[i].stem][None], [args.size, args.size],
             InterpolationMode.NEAREST) for i in firsts])
         segments = torch.tensor(sorted({0, *true.unique().tolist()}))
         true, s = torch.searchsorted(segments, true), len(segments)
         if s > 16:  # matching them would take minutes
-            raise UserError(f"{masks[paths[firsts[0]].stem]} and the next have {s} segments, 16 is "
+            raise UserError(f"{paths_of[paths[firsts[0]].stem]} and the next have {s} segments, 16 is "
                             "the most: is it a mask of objects?")
         k, slices = max(args.clusters, s), [i // tubelet for i in firsts]
         tokens = tokens_of(clip)
@@ -176,10 +195,8 @@ def report(scores, args):
 
     for way, (with_it, without) in zip(table(mean), mean.tolist()):
         log(f"{way:15} mIoU {with_it:.1%} with background, {without:.1%} without")
-    if RANK == 0:
-        videos = {name: table(row) for name, row in sorted(scores.items())}
-        results = table(mean) | {"videos": videos, "args": vars(args)}
-        (out / "results.json").write_text(json.dumps(results, indent=2))
+    videos = {name: table(row) for name, row in sorted(scores.items())}
+    write_json(out / "results.json", table(mean) | {"videos": videos, "args": vars(args)})
     log(f"means of {len(scores)} videos; wrote {out}/results.json")
 
 
@@ -212,19 +229,23 @@ def main(argv=None):
 
     @torch.no_grad()
     def tokens_of(clip):  # T 3 S S -> t h w D
-        with autocast(args.amp):
-            tokens = encoder(normalise(clip.transpose(0, 1)[None], DEVICE))[0]
+        for precision in dict.fromkeys((args.amp, "off")):
+            with autocast(precision):
+                tokens = encoder(normalise(clip.transpose(0, 1)[None], DEVICE))[0]
+            if tokens.isfinite().all():
+                break
+            log(f"tokens are not finite with --amp {precision}"
+                + ("; now in float32" if precision != "off" else ""))
+        else:
+            raise RunError("the encoder's tokens are not finite: its weights are damaged")
         return tokens.float().cpu().unflatten(0, [a // b for a, b in zip(sides, encoder.tube)])
 
     videos, mine = find_frames(args.root), {}
     out.mkdir(parents=True, exist_ok=True)
     for index in progress(range(RANK, len(videos), WORLD), unit="video", disable=RANK > 0):
         name = list(videos)[index]
-        try:
-            scores, shown = segment_video(tokens_of, *videos[name], args, encoder.tube[0],
-                                          seeded(args.seed, index))
-        except (VideoError, av.FFmpegError) as error:
-            raise UserError(f"an image of {name} can't be read: {error}") from error
+        scores, shown = segment_video(tokens_of, *videos[name], args, encoder.tube[0],
+                                      seeded(args.seed, index))
         if not scores:
             continue
         mine[name] = torch.stack(scores).nanmean(dim=0)  # nan: clips of background alone
@@ -233,7 +254,7 @@ def main(argv=None):
             save_image(shown[::-(-len(shown) // 8)].flatten(0, 1) / 255, out / f"{name}.png",
                        nrow=4, pad_value=1)
             write_video(out / f"{name}.mp4", rearrange(shown, "t n c h w -> t h (n w) c"))
-    report({name: row for part in gather(mine) for name, row in part.items()}, args)
+    report(gather_dict(mine), args)
 
 
 if __name__ == "__main__":

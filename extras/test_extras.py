@@ -686,7 +686,8 @@ class TestWeights:
                 kept = {n: w for n, w in kept.items() if n.startswith("encoder.")}
         assert same(saved("authors-a")["model"], authors)
         assert saved("a.pt")["args"] == {"frames": 8, "stride": 2, "size": 32}  # from the flags
-        assert saved("c.pt")["args"] == {"frames": 8, "size": 32}  # Hugging Face's has no stride
+        assert saved("c.pt")["args"] == saved("a.pt")["args"]  # in config.json
+        assert saved("authors-a")["args"]["sampling_rate"] == 2
         if target != "classes":
             assert same(load_model("a.pt").state_dict(), model.state_dict())
 
@@ -712,6 +713,22 @@ class TestWeights:
         model, *_ = write_hugging_face("pixel")
         assert run(weights, "import", "hf/model.safetensors", "again.pt") == 0
         assert same(load_model("again.pt").state_dict(), model.state_dict())
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_weights_that_are_not_finite_are_named(self, value, capsys):
+        content = build_model("tiny").state_dict()
+        content["mask_token"].fill_(value)
+        torch.save(content, "bad.pt")
+        assert run(weights, "import", "bad.pt", "ours.pt") == 2
+        assert "mask_token" in capsys.readouterr().err and not Path("ours.pt").exists()
+
+    def test_wrappers_are_taken_off(self):
+        model = build_model("tiny")
+        for key, prefix in (("state_dict", "model."), ("module", "module._orig_mod."),
+                            ("model", "_orig_mod.")):
+            torch.save({key: {prefix + n: w for n, w in model.state_dict().items()}}, f"{key}.pt")
+            assert run(weights, "import", f"{key}.pt", f"ours-{key}.pt") == 0
+            assert same(load_model(f"ours-{key}.pt").state_dict(), model.state_dict())
 
     def test_files_that_do_not_fit_stop_and_run_no_code(self, capsys, no_safetensors):
         harm = type("Harm", (), {"__reduce__": lambda _: (os.mkdir, ("harm",))})()
@@ -1013,11 +1030,27 @@ class TestSegment:
         void = torch.where(torch.arange(48 * 48).view(48, 48) == 47, 255, SQUARES)
         write_png("palette.png", void, "pal8")
         write_png("grey.png", (SQUARES == 1) * 255, "gray")
-        assert torch.equal(segment.read_mask("palette.png"), SQUARES)
-        assert torch.equal(segment.read_mask("grey.png"), (SQUARES == 1).long())
+        assert torch.equal(segment.read_masks({"a": "palette.png"})["a"], SQUARES)
+        binary = segment.read_masks({"a": "grey.png"})["a"]
+        assert torch.equal(binary, (SQUARES == 1).long())
         save_image(torch.rand(3, 8, 8), "colours.png")
         with pytest.raises(UserError, match="colours"):
             segment.read_mask("colours.png")
+
+    @pytest.mark.parametrize("form", ["gray", "pal8"])
+    def test_255_is_void_beside_other_numbers_of_the_video(self, form):
+        """Also in a frame of its own that holds 0 and 255 alone."""
+        void = torch.arange(48 * 48).view(48, 48) == 47
+        write_png("a.png", torch.where(void, 255, SQUARES), form)
+        write_png("b.png", void * 255, form)
+        found = segment.read_masks({"a": "a.png", "b": "b.png"})
+        assert torch.equal(found["a"], SQUARES) and not found["b"].any()
+
+    @pytest.mark.parametrize("read", [segment.read_mask, lambda path: segment.read_image(path, 8)])
+    def test_an_unreadable_image_is_named(self, read):
+        put({"bad.png": "no image"})
+        with pytest.raises(UserError, match="bad.png"):
+            read("bad.png")
 
     def test_tokens_that_know_their_segment_give_100_percent(self):
         true = SQUARES.expand(2, 48, 48)

@@ -21,7 +21,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
 from extras.run import launch, save_atomically
 from sigma import (DINO_WIDTHS, IMAGENET_MEAN, IMAGENET_STD, SIGMA, SIZES, Encoder, UserError,
-                   depth_of, fill, read_file)
+                   depth_of, fill, plain_weights, read_file)
 from train import DEFAULTS, at_least, parser_with
 
 NAMES = [  # ours and Hugging Face's, in this order: how names begin, then parts within blocks
@@ -66,7 +66,7 @@ def renamed(weights, pairs):
 
 def our_names(weights):
     """Weights in the names of Hugging Face's code, the authors' or ours -> in ours."""
-    pairs = [("module.", ""), ("videomae.", "")]  # DDP's; all but VideoMAEModel's
+    pairs = [("videomae.", "")]  # all but VideoMAEModel's
     pairs += [(part, f"encoder.{part}") for part in ("patch_embed.", "blocks.", "norm.")]
     pairs += [(theirs.removeprefix("videomae."), ours) for ours, theirs in NAMES]
     pairs += [(".query.bias", ".q_bias"), (".value.bias", ".v_bias")]  # of transformers 5
@@ -135,11 +135,10 @@ def convert(path, heads=None, decoder_heads=None):
     "args": its clips' frames, stride and size, as far as it tells}. heads, decoder_heads: default
     config.json's, or the paper's for networks as wide. Raises UserError."""
     path, content = read(path)
-    theirs = content.get("model", content.get("module", content))
-    plain = isinstance(theirs, dict) and all(isinstance(w, torch.Tensor) for w in theirs.values())
-    weights = our_names(theirs) if plain else {}
+    theirs = plain_weights(content, path)
+    weights = our_names(theirs)
     if getattr(weights.get("encoder.patch_embed.proj.weight"), "ndim", 0) != 5:
-        raise UserError(f"{path} holds no SIGMA or VideoMAE, or not its weights alone")
+        raise UserError(f"{path} holds no SIGMA or VideoMAE, but {', '.join(theirs)[:500]}")
     if "head.weight" in weights and "fc_norm.weight" not in weights:
         raise UserError(f"{path} is a classifier without mean pooling (no fc_norm): not supported")
     if "mask_token" in weights and "encoder.norm.weight" not in weights:
@@ -148,7 +147,7 @@ def convert(path, heads=None, decoder_heads=None):
     sizes, args, config = content.get("sizes"), content.get("args", {}), {}
     if not sizes:
         sizes = sizes_of(weights)
-        told = vars(args) if isinstance(args, argparse.Namespace) else {}
+        told = vars(args) if isinstance(args, argparse.Namespace) else args
         if any("layernorm_before" in name for name in theirs):
             told = config = read_config(path.with_name("config.json"), sizes)
         args = {ours: told[name] for name, ours in CLIP.items() if isinstance(told.get(name), int)}
@@ -188,7 +187,7 @@ def to_hugging_face(content):
         for part, rows in zip(QKV, theirs.pop(name).chunk(3)):
             theirs[name.replace("qkv", part)] = rows.clone()
     config = dict(model_type="videomae", architectures=[f"VideoMAE{kind}"], layer_norm_eps=1e-6,
-                  num_frames=clip["frames"], image_size=side, tubelet_size=p,
+                  num_frames=clip["frames"], sampling_rate=clip["stride"], image_size=side, tubelet_size=p,
                   patch_size=q if q == r else (q, r), num_labels=sizes.get("classes", 2),
                   use_mean_pooling="encoder.norm.weight" not in weights)
     for part in ("", "decoder_"):
@@ -218,31 +217,51 @@ def write_hugging_face(folder, weights, *configs):
     return draft.replace(folder / "model.safetensors")
 
 
+def import_(args):
+    """other people's checkpoint -> one for any --init"""
+    content = convert(args.source, args.heads, args.decoder_heads)
+    if (lost := {"frames", "stride", "size"} - content["args"].keys()):
+        print(f"{args.source} does not tell its clips' {', '.join(sorted(lost))}: give them as "
+              "flags where you use it")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    save_atomically(args.out, content)
+    return args.out
+
+
+def export(args):
+    """one of ours -> Hugging Face's folder, or the authors' file"""
+    content = convert(args.source)
+    if args.to == "hf":
+        return write_hugging_face(args.out, *to_hugging_face(content))
+    pair = ("encoder.", "") if "classes" in content["sizes"] else ("projector.", "head.")
+    told = {name: content["args"][ours] for name, ours in CLIP.items()
+            if name != "image_size" and ours in content["args"]}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    save_atomically(args.out, {"model": renamed(content["model"], [pair]),
+                               "args": told})
+    return args.out
+
+
 def main(argv=None):
     """import or export, from the flags to the file."""
     parser = parser_with(__doc__)
-    parser.add_argument("command", choices=["import", "export"])
-    parser.add_argument("source", help="a checkpoint, or the folder of a run or of Hugging Face's")
-    parser.add_argument("out", type=Path, help="the file to write, for hf the folder")
-    parser.add_argument("--to", choices=["hf", "authors"], help="for export: whose names")
-    parser.add_argument("--heads", type=at_least(1), help="of attention, if the file can't tell")
-    parser.add_argument("--decoder-heads", type=at_least(1), help="the same for the decoder")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, work in (("import", import_), ("export", export)):
+        command = commands.add_parser(name, help=work.__doc__)
+        command.set_defaults(work=work, to=None)
+        command.add_argument("source", help="a checkpoint, or the folder of a run or of HF's")
+        command.add_argument("out", type=Path, help="the file to write, for hf the folder")
+        if work is export:
+            command.add_argument("--to", choices=["hf", "authors"], required=True,
+                                 help="whose names")
+        else:
+            command.add_argument("--heads", type=at_least(1), help="if the file can't tell")
+            command.add_argument("--decoder-heads", type=at_least(1), help="the same, decoder's")
     args = parser.parse_args(argv)
-    if (args.command == "export") != bool(args.to):
-        parser.error("export takes --to hf or --to authors, import does not")
     places = [args.out / name for name in CONFIGS + FILES] if args.to == "hf" else [args.out]
     if there := [path for path in places if path.exists()]:
         raise UserError(f"{there[0]} is there already: choose another place")
-    content, out = convert(args.source, args.heads, args.decoder_heads), args.out
-    if args.to == "hf":
-        out = write_hugging_face(out, *to_hugging_face(content))
-    else:
-        if args.to == "authors":
-            pair = ("encoder.", "") if "classes" in content["sizes"] else ("projector.", "head.")
-            content = {"model": renamed(content["model"], [pair])}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_atomically(out, content)
-    print(f"wrote {out}")
+    print(f"wrote {args.work(args)}")
 
 
 if __name__ == "__main__":
