@@ -7,7 +7,8 @@
 The paper's third benchmark, mean intersection over union on DAVIS 2017 and YouTube-VOS. Videos are
 ROOT/JPEGImages/[480p/]<video>/*.jpg with ROOT/Annotations/[480p/]<video>/*.png: palette indices are
 objects, 0 is background, 255 void and counted as background; in a video whose grey masks hold 0 and
-255 alone (or soft edges between), 255 is the object. Of the videos in ImageSets/<year>/val.txt if that is there, else of all.
+255 alone (or soft edges between), 255 is the object. Of the videos in ImageSets/<year>/val.txt if
+that is there, else of all.
 
 Protocol. From the paper: tokens of the whole clip, without mask; *clustering* has as many clusters
 as there are segments, *overclustering* more. Chosen here, since the paper does not say: clips of
@@ -61,10 +62,11 @@ def read_mask(path):
 
 def read_masks(paths):
     """{stem: segments (H, W)} of one video's annotations {stem: path}. 255 is void, as background,
-    beside numbers of objects; where a whole video has none, 255 is its object in grey masks."""
+    beside numbers of objects; where a whole video has none, 255 is its object in grey masks, which
+    may have soft edges: numbers above 16, the most segments there can be."""
     read = {stem: read_mask(path) for stem, path in paths.items()}
     numbers = {n for mask, _ in read.values() for n in mask.unique().tolist()} - {0, 255}
-    binary = all(grey for _, grey in read.values()) and not any(n < 128 for n in numbers)
+    binary = all(grey for _, grey in read.values()) and (not numbers or max(numbers) > 16)
     return {stem: (mask > 127).long() if binary else mask.masked_fill(mask == 255, 0)
             for stem, (mask, _) in read.items()}
 
@@ -169,8 +171,8 @@ def segment_video(tokens_of, frames, masks, args, tubelet, generator):
         segments = torch.tensor(sorted({0, *true.unique().tolist()}))
         true, s = torch.searchsorted(segments, true), len(segments)
         if s > 16:  # matching them would take minutes
-            raise UserError(f"{paths_of[paths[firsts[0]].stem]} and the next have {s} segments, 16 is "
-                            "the most: is it a mask of objects?")
+            raise UserError(f"{paths_of[paths[firsts[0]].stem]} and the next have {s} segments, 16 "
+                            "is the most: is it a mask of objects?")
         k, slices = max(args.clusters, s), [i // tubelet for i in firsts]
         tokens = tokens_of(clip)
         same = clustering(maps(tokens, s, args, generator)[slices], true, s)

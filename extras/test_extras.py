@@ -892,8 +892,8 @@ class TestCurves:
     def test_curves_of_runs_are_drawn_where_their_logs_say(self):
         """Both runs in both panels; what is 10 times as small is one decade lower."""
         for name, factor in (("a&b", 1), ("c", 0.1)):
-            log = [dict(step=step, loss=factor * 10 / step, video_std=factor, projection_std=2 * factor)
-                   for step in (1, 10, 100)]
+            log = [dict(step=step, loss=factor * 10 / step, video_std=factor,
+                        projection_std=2 * factor) for step in (1, 10, 100)]
             put({"log.jsonl": "\n".join(map(json.dumps, log))}, name)
         assert run(curves, "a&b", "c", "--out", "curves.svg") == 0
         lines = [[[float(x) for x in point.split(",")] for point in line.get("points").split()]

@@ -187,7 +187,8 @@ def to_hugging_face(content):
         for part, rows in zip(QKV, theirs.pop(name).chunk(3)):
             theirs[name.replace("qkv", part)] = rows.clone()
     config = dict(model_type="videomae", architectures=[f"VideoMAE{kind}"], layer_norm_eps=1e-6,
-                  num_frames=clip["frames"], sampling_rate=clip["stride"], image_size=side, tubelet_size=p,
+                  num_frames=clip["frames"], image_size=side, tubelet_size=p,
+                  **{"sampling_rate": clip["stride"]} if "stride" in content["args"] else {},
                   patch_size=q if q == r else (q, r), num_labels=sizes.get("classes", 2),
                   use_mean_pooling="encoder.norm.weight" not in weights)
     for part in ("", "decoder_"):
