@@ -61,7 +61,8 @@ class Classifier(nn.Module):
         self.head = nn.Linear(encoder.dim, classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02 * 0.001)
         nn.init.zeros_(self.head.bias)
-        rates = torch.linspace(0, drop_path, len(encoder.blocks)).tolist()
+        rates = [drop_path * i / max(len(encoder.blocks) - 1, 1)
+                 for i in range(len(encoder.blocks))]
         for block, rate in zip(encoder.blocks, rates):
             for half in (block.attn, block.mlp):
                 half.register_forward_hook(

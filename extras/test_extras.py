@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.utils import save_image
 
 import data
@@ -852,6 +853,40 @@ class TestCheck:
 
         monkeypatch.setattr(check, "run_command", command)
         assert "10 at a time (40 don't fit)" in check.speed(Path.cwd(), 60, "large", 40)
+
+
+class TestNoData:
+    """The forward pass on a GPU that need not be there: tensors have a device and a shape, but no
+    data. What mixes devices raises, and what reads a value back, which would make the CPU wait."""
+
+    @pytest.fixture
+    def cuda(self, monkeypatch):
+        index = sigma.split_mask(tube_mask(2, (2, 4, 4), 0.75))  # a real one is read on the CPU
+        monkeypatch.setattr(sigma, "split_mask", lambda mask, device: [
+            torch.zeros_like(x, device=device) for x in index])
+        monkeypatch.setattr(nn.init, "trunc_normal_", lambda x, *_, **__: x)  # reads values
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield torch.device("cuda")
+
+    @pytest.mark.parametrize("target", ["mlp", "pixel", "l2", "dino-s"])
+    def test_pretraining_stays_on_the_gpu(self, target, cuda):
+        with cuda:
+            model = build_model("tiny", target=target)
+            teacher = sigma.Teacher(toy_set.random_dino(384, 1), (4, 8, 8))
+            video = torch.zeros(2, 3, 8, 32, 32)
+            if target == "dino-s":
+                model.prototypes = nn.Parameter(torch.zeros(128, 384))
+                model.decoder.head = nn.Linear(64, 384)
+        features = teacher(video) if target == "dino-s" else None
+        loss, stats = model(video, torch.zeros(2, 32, dtype=torch.bool, device="cpu"), features)
+        assert {x.device.type for x in (loss, *stats.values())} == {"cuda"}
+
+    def test_fine_tuning_stays_on_the_gpu(self, cuda):
+        with cuda:
+            network = Classifier(build_model("tiny").encoder, 5, drop_path=0.1)
+            video, labels = torch.zeros(2, 3, 8, 32, 32), torch.zeros(2, dtype=torch.long)
+        loss = nn.CrossEntropyLoss(label_smoothing=0.1)(network(video).float(), labels)
+        assert loss.device.type == "cuda"
 
 
 class TestPictures:
