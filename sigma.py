@@ -234,7 +234,7 @@ def dino_weights(weights):
     weights = {re.sub(r"^blocks\.\d+\.(?=\d)", "blocks.", name): w.float()  # DINOv2's chunks
                for name, w in weights.items() if not re.match(UNUSED, name)}
     position = weights.pop("pos_embed")
-    side = math.isqrt(position.shape[1])  # patches alone, or behind the class token
+    side = math.isqrt(position.shape[1])  # patches alone, or after the class token
     first, position = position.split([position.shape[1] - side ** 2, side ** 2], dim=1)
     tokens = [weights.pop(name) for name in TOKENS if name in weights]
     tokens = torch.cat([position[:, :0], *tokens], dim=1)

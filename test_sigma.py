@@ -259,7 +259,7 @@ class TestMethod:
 
     @pytest.mark.parametrize("target, low, high", [("l2", 0, 0.4), ("mlp", 1, math.inf)])
     def test_without_sinkhorn_learned_features_collapse(self, target, low, high):
-        """Why SIGMA is made as it is: regressing features that learn along ends in a constant."""
+        """Why SIGMA is made as it is: regressing features that are trained jointly ends in a constant."""
         model, spread = small(target).float(), []
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         for _ in range(60):
@@ -404,7 +404,7 @@ class TestMethod:
             with pytest.raises(UserError, match=word):
                 sigma.plain_weights(content, "a.pth")
 
-    def test_checkpoints_load_wholly_or_stop(self):
+    def test_checkpoints_load_strictly_or_stop(self):
         model, loaders = small(), (load_model, sigma.load_encoder)
         content = {"model": model.state_dict(), "sizes": sigma.sizes_for("tiny", **SMALL)}
         torch.save(content, "a.pt")
@@ -542,8 +542,8 @@ class TestData:
     def test_a_packet_without_a_picture_repeats_the_one_before(self):
         """MPEG-4 has such packets: a P-frame's header that says "not coded". No other shifts."""
         write_numbered("whole.avi", codec="mpeg4", bf="0", b="2M")
-        with av.open("whole.avi") as whole, av.open("v.avi", "w") as film:
-            stream = film.add_stream_from_template(whole.streams.video[0])
+        with av.open("whole.avi") as whole, av.open("v.avi", "w") as copy:
+            stream = copy.add_stream_from_template(whole.streams.video[0])
             for i, packet in enumerate(list(whole.demux(video=0))[:-1]):
                 if i == 15:
                     header = b"\0\0\1\xb6" + int(f"0101{i:05b}1001111", 2).to_bytes(2, "big")
@@ -551,7 +551,7 @@ class TestData:
                     packet.pts = packet.dts = pts
                     packet.time_base = whole.streams.video[0].time_base
                 packet.stream = stream
-                film.mux(packet)
+                copy.mux(packet)
         wanted = [i - (i == 15) for i in range(60)]
         assert numbers_in("v.avi", range(60), [15]) == [wanted, [14]]
         assert [number for number, *_ in reader.all_frames("v.avi")] == list(range(60))
@@ -576,15 +576,15 @@ class TestData:
     def test_the_film_is_read_not_just_the_first_stream(self, name, stills, default):
         """A picture that comes first is none, and of two the one marked as default counts."""
         write_numbered("v.mp4")
-        with av.open("v.mp4") as film, av.open(name, "w") as both:
+        with av.open("v.mp4") as whole, av.open(name, "w") as both:
             first = both.add_stream("mjpeg" if stills == 1 else "libx264", rate=25)
             first.width, first.height, first.pix_fmt = 192, 160, "yuvj420p"
-            second = both.add_stream_from_template(film.streams.video[0])
+            second = both.add_stream_from_template(whole.streams.video[0])
             first.disposition, second.disposition = int(not default), int(default)
             for i in range(stills):
                 both.mux(first.encode(av.VideoFrame(192, 160, "yuvj420p")))
             both.mux(first.encode(None))
-            for packet in list(film.demux(video=0))[:-1]:
+            for packet in list(whole.demux(video=0))[:-1]:
                 packet.stream = second
                 both.mux(packet)
         assert numbers_in(name, range(60)) == [[*range(60)]]
@@ -924,7 +924,7 @@ class TestTraining:
             assert threads.submit(run, *flags, "--out", "thread").result() == 0
 
     def test_two_runs_do_not_share_a_folder(self, here):
-        """The second ends in a sentence; the first goes on."""
+        """The second ends in a sentence; the first continues."""
         code, text = run_apart("shared", "--max-steps", "2", trouble="rival", at=64)
         assert code == 0 and saved("shared")["clips_seen"] == 2 * 64
         assert "returncode=2" in text and "another process is at work in shared" in text
@@ -996,6 +996,15 @@ class TestTraining:
         monkeypatch.setattr(running, "gather", lambda seen: [seen, False])
         with pytest.raises(UserError, match="share"):
             running.saved_run(train.parse(["--out", OUT]))
+
+    def test_an_overflow_in_fp16_is_answered_with_another_precision_first(self, here, capsys,
+                                                                          monkeypatch):
+        """Before a lower learning rate, which would not help in the first forward pass."""
+        monkeypatch.setattr(train.SIGMA, "forward", lambda self, *_: (
+            self.mask_token.sum() * math.inf, {}))
+        for amp, named in (("fp16", True), ("off", False)):
+            assert run("--amp", amp, "--out", f"over-{amp}", "--max-steps", 1) == 1
+            assert ("--amp off or bf16" in capsys.readouterr().err) == named
 
     def test_a_full_disk_leaves_the_checkpoint_that_was_there(self, monkeypatch):
         Path("last.pt").write_bytes(b"old")

@@ -92,7 +92,7 @@ def opened(path, motion=False):
 
 
 def video_stream(container):
-    """The film: the stream that the file marks as default, else FFmpeg's best, but no cover
+    """The video: the stream that the file marks as default, else FFmpeg's best, but no cover
     picture if there is another. One thread decodes it, as workers are parallel themselves."""
     best = container.streams.best("video")
     streams = [s for s in container.streams.video

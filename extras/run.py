@@ -40,7 +40,7 @@ MAX_UNREADABLE = 0.01  # share of the videos; or five, if that is more
 
 
 class RunError(UserError):
-    """A run that can't go on; its message says why and what is left."""
+    """A run that can't continue; its message says why and what is left."""
     code = 1
 
 
@@ -199,7 +199,7 @@ def open_videos():
 
 
 def loader(clips, batch, keys, workers, timeout=300):
-    """Yields a Batch of the clips that the keys name, `batch` of them at a time. Raises RunError if
+    """Yields a Batch of the clips that the keys name, `batch` of them in each. Raises RunError if
     the next one takes longer than timeout seconds."""
     def give_up():
         raise RunError(f"the loader gave no batch in {timeout} s, is a disk stalled? Its workers "

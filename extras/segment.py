@@ -13,7 +13,7 @@ that is there, else of all.
 Protocol. From the paper: tokens of the whole clip, without mask; *clustering* has as many clusters
 as there are segments, *overclustering* more. Chosen here, since the paper does not say: clips of
 --frames consecutive frames, the last filled with its last frame, resized to --size squared, both as
-in the run that --init names; tokens behind the last norm, or of block --layer; a time slice belongs
+in the run that --init names; tokens after the last norm, or of block --layer; a time slice belongs
 to its first frame, and counts if that is annotated; maps brought to the annotations' size, both
 --size squared, bilinearly; k-means for each clip by cosine, k-means++ starts, the best of
 --restarts; clustering: K = segments of the clip with background, matched one to one so that the sum
@@ -209,7 +209,7 @@ def main(argv=None):
     add("--layer", type=at_least(1), help="block to cluster behind (default: the last, normed)")
     add("--clusters", type=at_least(1), default=10, help="of overclustering (default: 10)")
     add("--restarts", type=at_least(1), default=5, help="of k-means (default: 5)")
-    add("--pictures", action="store_true", help="a picture and a film for each video")
+    add("--pictures", action="store_true", help="a picture and a video of each video")
     init = parser.parse_known_args(argv)[0].init
     trained = read_checkpoint(init).get("args", {}) if init else {}
     parser.set_defaults(frames=trained.get("frames") or 16, size=trained.get("size") or 224,

@@ -101,7 +101,7 @@ def put_lists(label_of):
     put({"train.csv": "".join(lines[:5]), "val.csv": "".join(lines)}, "set")
 
 
-def write_film(path, images, times=None, tick=40, codec="libx264", options=None, **file_options):
+def write_frames(path, images, times=None, tick=40, codec="libx264", options=None, **file_options):
     """A video of images (T, H, W, 3), in BT.709, full range. times: when each is shown, in ticks of
     so many milliseconds."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -181,7 +181,7 @@ class TestWindows:
         monkeypatch.setattr(windows, "all_frames", lambda path: (
             decoded.append(frame) or frame for frame in all_frames(path)))
         monkeypatch.delattr(windows, "decode")
-        write_film("set/v.mp4", NOISE[:len(times)], times, tick=10)
+        write_frames("set/v.mp4", NOISE[:len(times)], times, tick=10)
         assert run(windows, *WINDOWS, "out") == 0 and len(decoded) == len(times)
         found = torch.from_numpy(numpy.load("out/v.npy"))
         facts = read_json("out", "windows.json")["videos"]["v"]
@@ -202,7 +202,7 @@ class TestWindows:
                 raise VideoError("damage")
             return decode(path, choose)
 
-        write_film("set/v.mp4", NOISE)
+        write_frames("set/v.mp4", NOISE)
         monkeypatch.setattr(windows, "all_frames", all_frames)
         monkeypatch.setattr(windows, "decode", decode_unless_damaged)
         assert run(windows, *WINDOWS, "out") == 0
@@ -237,6 +237,38 @@ class TestWindows:
         assert len(files) == 5
         for path in files:
             assert path.read_bytes() == Path("two", path.name).read_bytes()
+
+
+    def test_a_checkpoint_without_flags_gives_features_too(self, toy):
+        put_greys(2)
+        content = saved("run/last.pt")
+        del content["args"]
+        torch.save(content, "bare.pt")
+        clip = ["--frames", 8, "--stride", 1, "--size", 32]
+        assert run(features, "--init", "bare.pt", "--data", "set", *clip, "--out", "out") == 0
+
+    def test_features_that_are_not_finite_are_not_written(self, toy, capsys):
+        """Neither of videos nor of windows."""
+        put_greys(2)
+        content = saved("run/last.pt")
+        content["model"]["encoder.norm.bias"][0] = torch.nan
+        torch.save(content, "nan.pt")
+        assert run(features, "--init", "nan.pt", "--data", "set", "--out", "out") == 1
+        assert run(windows, "--init", "nan.pt", "--data", "set", "--window", 8, "--out", "w") == 1
+        assert capsys.readouterr().err.count("not finite") == 2
+        assert not list(Path(".").glob("*/*.npy")) and not Path("out/features.pt").exists()
+
+    def test_test_videos_that_are_missing_are_counted(self, toy):
+        """k-NN and a fine-tuned accuracy say of how many videos of how many named they are."""
+        put_greys(6)
+        lines = "".join(f"{i}.mp4 {i % 2}\n" for i in range(6))
+        put({"train.csv": lines, "val.csv": lines + "gone.mp4 1\nlost.mp4 0\n"}, "set")
+        for script, more in ((features, ["--knn"]), (finetune, ["--freeze", "--epochs", 1])):
+            out = script.__name__.split(".")[-1]
+            assert run(script, "--init", "run", "--data", "set", *more, "--out", out) == 0
+            results = read_json(out)
+            assert (results["videos"], results["named"], results["missing"]) == (6, 8, 2)
+            assert "gone.mp4" in results["first_missing"]
 
 
 class TestFineTuning:
@@ -400,7 +432,7 @@ class TestFineTuning:
         assert finetune.view_frames(20, 16, 4, 5, "dense") == [[0, 4, 8, 12] + [16] * 12] * 5
         assert finetune.view_frames(9, 3, 2, 2, "segments") == [[0, 3, 6], [1, 4, 7]]
         chosen = [[0, 2, 4, 6], [1, 1, 1, 1]]
-        write_film("v.mp4", NOISE)
+        write_frames("v.mp4", NOISE)
         views, *_ = finetune.Views([("v.mp4", 0)], frames=4, stride=2, size=24, tube=(2, 8, 8),
                                    repeat=6, choose=lambda *_: chosen)[0, 0]
         clips = torch.stack(decode("v.mp4", lambda n: chosen)).transpose(1, 2)
@@ -517,7 +549,7 @@ class TestVideos:
         put({"train/a/1.mp4": 30, "train/b/2 2.mp4": 30, "train/b/3.mp4": "", "val/b/4.mp4": 30,
              "train/b/notes.txt": ""}, "set")
         cut = "set/train/b/cut.mp4"  # its header promises 20 frames
-        write_film(cut, 255 * torch.rand(20, 64, 96, 3), movflags="faststart")
+        write_frames(cut, 255 * torch.rand(20, 64, 96, 3), movflags="faststart")
         with av.open(cut) as container:
             tenth = [packet for packet in container.demux() if packet.size][9]
         os.truncate(cut, tenth.pos + tenth.size)
@@ -539,7 +571,7 @@ class TestVideos:
         images = torch.empty(40, 64, 96, 3)
         for i, image in enumerate(images):  # from blue to red, white at the top
             image[:16], image[16:] = 250, torch.tensor([6 * i, 40, 240 - 6 * i])
-        write_film(f"a/{name}", images, times, tick, options={"bf": "3"})
+        write_frames(f"a/{name}", images, times, tick, options={"bf": "3"})
         if turns:
             turn(f"a/{name}", turns)
         assert run(videos, "prepare", "a", "b", "--workers", 0) == 0
@@ -594,7 +626,7 @@ class TestVideos:
 
     def test_prepare_killed_leaves_only_complete_files(self):
         for i in range(4):
-            write_film(f"a/{i}.mp4", NOISE[:30])
+            write_frames(f"a/{i}.mp4", NOISE[:30])
         process = subprocess.Popen([sys.executable, videos.__file__, "prepare", "a", "b",
                                     "--workers", "0"], stderr=subprocess.DEVNULL)
         while not list(Path("b").glob("*.mp4")):
@@ -852,7 +884,7 @@ class TestCheck:
                 "clips_per_second", "mfu", "matmul_flops", "sinkhorn", "loss", "peak_memory"), 1)))
 
         monkeypatch.setattr(check, "run_command", command)
-        assert "10 at a time (40 don't fit)" in check.speed(Path.cwd(), 60, "large", 40)
+        assert "10 per forward pass (40 don't fit)" in check.speed(Path.cwd(), 60, "large", 40)
 
 
 class TestNoData:
@@ -952,7 +984,7 @@ def write_pan(path, right=3, still=0, codec="libx264", options=videos.H264):
                             mode="bicubic")[0].clamp(0, 1).mul(255).permute(1, 2, 0)
     frames = torch.stack([picture[2 * i:, right * i:][:240, :320] for i in range(40)])
     frames[:, :, :still] = picture[:240, :still]
-    write_film(path, frames, codec=codec, options=options)
+    write_frames(path, frames, codec=codec, options=options)
 
 
 class TestMotion:

@@ -5,7 +5,7 @@
 
 import takes files of the authors' and VideoMAE's code, pretraining and fine-tuned ones, and Hugging
 Face's VideoMAEModel, VideoMAEForPreTraining and VideoMAEForVideoClassification, a file or a folder
-with its config.json; .safetensors with that package. It writes what any --init takes, wholly or not
+with its config.json; .safetensors with that package. It writes what any --init takes, complete or not
 at all. export takes such a file or a run. For hf it writes a folder that from_pretrained and
 pipelines read, with the encoder alone if the target is neither pixels nor classes.
 """
@@ -163,7 +163,7 @@ def convert(path, heads=None, decoder_heads=None):
         else:
             own = {name: size for name, size in sizes.items() if name != "classes"}
             net = nn.ModuleDict({"encoder": Encoder(**own)})
-        if "encoder.norm.weight" not in weights:  # classifiers have another behind the mean
+        if "encoder.norm.weight" not in weights:  # classifiers have another after the mean
             net.encoder.norm = nn.Identity()
         if "classes" in sizes:
             net.fc_norm = nn.LayerNorm(sizes["dim"])
