@@ -234,7 +234,7 @@ def fit(args, model, optimizer, clips, loss_of, *, facts, saved=None, probe=None
     per_step = batch * accum * WORLD  # clips
     epochs = max(args.epochs, math.ceil(args.least_steps * per_step / len(clips)))
     steps = max(1, epochs * len(clips) // per_step)
-    warmup = int(min(args.warmup * epochs / args.epochs, epochs / 8) * len(clips) / per_step)
+    warmup = int(min(args.warmup, epochs / 8) * len(clips) / per_step)
     peak, final = args.lr * per_step / 256, args.final_lr * per_step / 256
     log(f"clips     {args.frames} frames, {args.stride} apart, {args.size} x {args.size}; {WORLD} "
         f"processes x {batch} per forward pass x {accum} accumulated = {per_step} per step\n"
