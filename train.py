@@ -83,7 +83,7 @@ FLAGS = {  # the scripts in extras/ take theirs from here
     "data": dict(default="toy", help="k400, ssv2, ucf101, hmdb51, toy, a folder or a list"),
     "root": dict(help="folder of a named set (default: data/<name>)"),
     "val": dict(help="labelled videos to test on (default: val or test of --data)"),
-    "model": dict(choices=SIZES, help="default: tiny for toy, else base; finetune: of --init"),
+    "model": dict(choices=SIZES, help="default: tiny for toy, else base"),
     "target": dict(choices=TARGETS, default="mlp", help="mlp: SIGMA-MLP (default); dino, dino-s: "
                    "SIGMA-DINO with ViT-B or ViT-S; pixel: VideoMAE; l2: without prototypes and "
                    "Sinkhorn, which collapses"),
