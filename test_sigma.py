@@ -556,6 +556,26 @@ class TestData:
         assert numbers_in("v.avi", range(60), [15]) == [wanted, [14]]
         assert [number for number, *_ in reader.all_frames("v.avi")] == list(range(60))
 
+    def test_packed_frames_are_told_apart_also_in_a_copy(self):
+        """MPEG-4 in avi may have a B-frame in the packet of the frame before, and a tiny packet in
+        its place; ffmpeg -c copy takes over the wrong stamps."""
+        write_numbered("v.avi", codec="mpeg4", bf="1", b="2M", sc_threshold="1000000000")
+        with av.open("v.avi") as film, av.open("packed.mp4", "w") as copy:
+            stream = copy.add_stream_from_template(film.streams.video[0])
+            contents = [bytes(packet) for packet in film.demux(video=0)][:-1]
+            place = contents[0].index(b"\0\0\1\xb6")
+            contents[0] = contents[0][:place] + b"\0\0\1\xb2DivX503b1393p" + contents[0][place:]
+            b_frames = [i for i, x in enumerate(contents) if x.startswith(b"\0\0\1\xb6")
+                        and x[4] >> 6 == 2]
+            for i in b_frames:
+                contents[i - 1], contents[i] = contents[i - 1] + contents[i], contents[i][:7]
+            for i, content in enumerate(contents):
+                packet = av.Packet(content)
+                packet.pts, packet.dts, packet.stream = i + 1, i, stream
+                packet.time_base, packet.is_keyframe = film.streams.video[0].time_base, i == 0
+                copy.mux(packet)
+        assert b_frames and numbers_in("packed.mp4", range(60), [37]) == [[*range(60)], [37]]
+
     @pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
     def test_behind_a_damaged_middle_no_frame_shifts(self, codec):
         write_numbered("v.mp4", codec=codec, bf="2", g="12", b="2M")
