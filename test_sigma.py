@@ -259,7 +259,7 @@ class TestMethod:
 
     @pytest.mark.parametrize("target, low, high", [("l2", 0, 0.4), ("mlp", 1, math.inf)])
     def test_without_sinkhorn_learned_features_collapse(self, target, low, high):
-        """Why SIGMA is made as it is: regressing features that are trained jointly ends in a constant."""
+        """Why SIGMA is made as it is: regressing jointly trained features ends in a constant."""
         model, spread = small(target).float(), []
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         for _ in range(60):

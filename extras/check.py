@@ -142,7 +142,8 @@ def speed(folder, limit, model, batch, *flags):
             batch //= 2
     found = json.loads(out.read_text())
     fits = "" if batch == asked else f" ({asked} don't fit)"
-    return (f"{found['clips_per_second']:,.1f} clips/s, {batch} per forward pass{fits}; {found['mfu']:.0%}"
+    return (f"{found['clips_per_second']:,.1f} clips/s, {batch} per forward pass{fits}; "
+            f"{found['mfu']:.0%}"
             f" of a matmul's {found['matmul_flops'] / 1e12:,.2f} TFLOP/s; of a step Sinkhorn "
             f"{found['sinkhorn']:.0%}, loss {found['loss']:.0%}; peak memory of the "
             f"{'step' if GPU else 'process'} {found['peak_memory'] / 2 ** 30:.1f} GiB")

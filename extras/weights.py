@@ -5,8 +5,8 @@
 
 import takes files of the authors' and VideoMAE's code, pretraining and fine-tuned ones, and Hugging
 Face's VideoMAEModel, VideoMAEForPreTraining and VideoMAEForVideoClassification, a file or a folder
-with its config.json; .safetensors with that package. It writes what any --init takes, complete or not
-at all. export takes such a file or a run. For hf it writes a folder that from_pretrained and
+with its config.json; .safetensors with that package. It writes what any --init takes, complete or
+not at all. export takes such a file or a run. For hf it writes a folder that from_pretrained and
 pipelines read, with the encoder alone if the target is neither pixels nor classes.
 """
 import argparse
