@@ -6,8 +6,7 @@ What `--data` and `--root` may name:
     a folder    DIR/train/<class>/*.mp4 and DIR/val/<class>/*.mp4, or DIR/<class>/*.mp4, or
                 DIR/*.mp4 without labels, or lists DIR/train.csv and DIR/val.csv
 Images (.jpg, .png) are clips that stand still. extras/videos.py turns the tables of Kinetics,
-Something-Something, UCF101 and HMDB51 into lists. Decoding starts at the key frame before a clip
-and ends with it; clips stay uint8 until they are on the training device.
+Something-Something, UCF101 and HMDB51 into lists. Clips stay uint8 until they are on the GPU.
 """
 import os
 import re
@@ -17,35 +16,26 @@ from itertools import count, pairwise
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transform
 from tqdm import tqdm
 
 from extras import reader
-from extras.reader import VideoError, to_rgb
 from sigma import IMAGENET_MEAN, IMAGENET_STD, UserError, tube_mask
 
 SUFFIXES = set(".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .ts .mts .wmv .flv .3gp .ogv".split())
 IMAGES = {".jpg", ".jpeg", ".png"}
 TABLES = ("*labels.json", "ucfTrainTestlist", "testTrainMulti*")  # of Something-Something, ...
+SPLITS = {"train": ("train", ""), "val": ("val", "test")}  # names of --split to look for, in turn
 MAKE_LISTS = "turn it into lists first, see python extras/videos.py lists --help"
 
 
 def seeded(*numbers):
-    """A random generator that the whole numbers determine, by xxHash's rounds."""
-    prime, mask = 2870177450012600261, 2 ** 64 - 1
-    mixed = prime
-    for number in numbers:
-        mixed = mixed + number * 14029467366897019727 & mask
-        mixed = (mixed << 31 | mixed >> 33) * 11400714785074694791 & mask
-    mixed += len(numbers) ^ prime ^ 3527539
-    return torch.Generator().manual_seed(mixed % 2 ** 63)
+    """A random generator that the whole numbers determine: Python hashes these alike everywhere."""
+    return torch.Generator().manual_seed(hash(numbers) % 2 ** 63)
 
 
 # --- Finding videos -------------------------------------------------------------------------------
-
-SPLITS = {"train": ("train", ""), "val": ("val", "test")}  # names of --split to look for, in turn
-
 
 def find_videos(source, splits=SPLITS["train"], classes=None, several=False):
     """The videos of a list or folder (layouts: top of this file) as pairs (path, label), -1 for no
@@ -53,11 +43,11 @@ def find_videos(source, splits=SPLITS["train"], classes=None, several=False):
 
     splits: names to look for in a folder, in turn; "" is the source itself. classes: names of the
     training set's classes; a label is the index in them. several: lists have lines `path 3 17 44`,
-    and their labels are tuples. Raises UserError if a folder is not one of the classes, if labels
-    can't be numbers of classes, or if there are no videos though the source itself was looked into.
+    and their labels are tuples. Raises UserError if a folder is not one of the classes, labels
+    can't be numbers of classes, or the source itself was looked into and has no videos.
     """
-    skipped, places = [], [Path(source)] if Path(source).is_file() and "" in splits else [
-        Path(source, name) for split in splits for name in (f"{split}.csv", split)]
+    places = [Path(source, name) for split in splits for name in (f"{split}.csv", split)]
+    places, skipped = [Path(source)] if Path(source).is_file() and "" in splits else places, []
     for path in places:
         if path.is_file():
             videos, names = read_list(path, skipped, several), []
@@ -116,10 +106,9 @@ def split_line(line, folder):
 
 
 def files_below(folder, skipped, above=()):
-    """The files below a folder that have a suffix, sorted; links are followed, but no folder is
-    entered again from within it."""
+    """The files below a folder that have a suffix. Links are followed, but not in circles."""
     try:
-        real, entries = os.path.realpath(folder), sorted(os.scandir(folder), key=lambda e: e.name)
+        real, entries = os.path.realpath(folder), list(os.scandir(folder))
     except OSError as error:
         skipped += [f"{folder}: {error.strerror}"] if above else []  # source itself need not be
         return []
@@ -130,21 +119,20 @@ def files_below(folder, skipped, above=()):
     files = [Path(entry.path) for entry in entries if not entry.is_dir() and "." in entry.name]
     for entry in entries:
         files += files_below(entry.path, skipped, {*above, real}) if entry.is_dir() else []
-    return sorted(files) if not above else files
+    return files
 
 
 def walk_folder(folder, classes, skipped):
     """The videos below a folder, and its classes: its sub-folders that contain some, sorted."""
     if any(any(folder.glob(pattern)) for pattern in TABLES):
         raise UserError(f"{folder} has a table of its set: {MAKE_LISTS}")
-    files = files_below(folder, skipped)
+    files = sorted(files_below(folder, skipped))
     images, videos = ([path for path in files if path.suffix.lower() in kind and path.is_file()]
                       for kind in (IMAGES, SUFFIXES))
-    kind, others = "videos", set(images)
-    if len(images) > len(videos):
-        kind, others, videos = "images", set(videos), images
+    kind, other = ("images", SUFFIXES) if len(images) > len(videos) else ("videos", IMAGES)
+    videos = images if kind == "images" else videos
     videos = [path for path in videos if path.parent != folder] or videos
-    skipped += [f"{path}: " + (f"most files here are {kind}" if path in others else
+    skipped += [f"{path}: " + (f"most files here are {kind}" if path.suffix.lower() in other else
                                "not a video, by its name or place")
                 for path in sorted(set(files) - set(videos))]
     if not videos or videos[0].parent == folder:
@@ -157,23 +145,17 @@ def walk_folder(folder, classes, skipped):
     return [(str(path), classes.index(name)) for path, name in zip(videos, names)], classes
 
 
-def told(skipped):
-    """How many files or lines were skipped, and the first, for a line of the log."""
-    first = f", first {skipped[0]}" if skipped else ""
-    return f"; {len(skipped):,} files or lines skipped{first}"
-
-
 def check_labels(videos, source):
     """Raises UserError if labels can't be numbers of classes: one of millions, or large gaps."""
-    labels = {n for _, label in videos for n in (label if isinstance(label, tuple) else [label])}
-    labels = sorted({-1, *labels})
+    lists = [label if isinstance(label, tuple) else [label] for _, label in videos]
+    labels = sorted({-1}.union(*lists))
     gap, n = max((b - a - 1 for a, b in pairwise(labels)), default=0), len(labels) - 1
     if labels[-1] > 1_000_000 or gap > n:
         raise UserError(f"the labels of {source} go up to {labels[-1]:,}, but there are only {n:,}:"
                         " number the classes 0, 1, 2 and so on")
 
 
-# --- Decoding -------------------------------------------------------------------------------------
+# --- Clips: which frames, which box, which mask ---------------------------------------------------
 
 def pretraining_frames(n, frames, stride, generator=None):
     """Indices of a clip in a video of n frames: a random start, then every stride-th frame; where
@@ -193,11 +175,9 @@ def decode(path, choose, watch=None):
     if Path(path).suffix.lower() not in IMAGES:
         return reader.decode(path, choose, watch)
     _, frame, _ = next(reader.all_frames(path))
-    image = to_rgb(frame).permute(2, 0, 1)
+    image = reader.to_rgb(frame).permute(2, 0, 1)
     return [image.expand(len(clip), -1, -1, -1) for clip in choose(1)]
 
-
-# --- Clips ----------------------------------------------------------------------------------------
 
 CROP_FACTORS = (1, 0.875, 0.75, 0.66)  # of the short side
 CROP_SHAPES = [(h, w) for i, h in enumerate(CROP_FACTORS) for j, w in enumerate(CROP_FACTORS)
@@ -271,7 +251,7 @@ class Clips(Dataset):
             path, label = self.videos[index]
             try:
                 return *self.read(path, generator), label, index, bad
-            except VideoError as error:
+            except reader.VideoError as error:
                 bad[path] = str(error)
                 index = int(torch.randint(len(self), (1,), generator=generator))
         black = torch.zeros(self.repeat, 3, self.frames, self.size, self.size, dtype=torch.uint8)
@@ -309,13 +289,6 @@ def progress(items=None, title=None, total=None, **options):
     if sys.stderr is None or not sys.stderr.isatty():
         options |= dict(mininterval=30, maxinterval=30, bar_format="{l_bar}{bar:10}{r_bar}\n")
     return tqdm(items, title, total, dynamic_ncols=True, **options)
-
-
-def in_parallel(work, items, workers, title, unit=" videos"):
-    """Yields (item, work(item)) in order, with a progress bar; worker processes do the work."""
-    results = DataLoader(items, batch_size=None, collate_fn=work, num_workers=workers)
-    bar = progress(results, title, len(items), unit=unit)
-    yield from ((item, result) for result, item in zip(bar, items))  # the bar first: to its end
 
 
 def normalise(video, device):

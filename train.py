@@ -23,9 +23,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from data import (Clips, centre_crop, centre_frames, corner_crop, find_videos, normalise, seeded,
-                  told)
-from extras.evaluate import PROTOCOL, evaluate, held_out, share_of
+from data import (Clips, centre_crop, centre_frames, corner_crop, find_videos, normalise, seeded)
+from extras.evaluate import PROTOCOL, evaluate, held_out, share_of, told
 from extras.run import (AMP, DEVICE, RANK, WORLD, Run, autocast, draft_of, fingerprint, launch, log,
                         one_first, saved_run, set_up, write_json)
 from extras.toy import make_toy

@@ -13,6 +13,12 @@ PROTOCOL = ("top-1, frozen encoder, mean over tokens, one centre clip per video;
             "regression on standardised features; k-NN: cosine, k = 20, temperature 0.07")
 
 
+def told(skipped):
+    """How many files or lines were skipped, and the first, for a line of the log."""
+    first = f", first {skipped[0]}" if skipped else ""
+    return f"; {len(skipped):,} files or lines skipped{first}"
+
+
 def held_out(videos, classes, root, val=None, required=False):
     """Labelled videos to test on, of val, or else of the folder root, and what was skipped there,
     each with the reason: nothing if there is none, or the training videos have no labels. required:

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
-from data import SPLITS, Clips, centre_crop, centre_frames, find_videos, told
-from extras.evaluate import accuracy, collect, held_out, nearest_neighbours, share_of
+from data import SPLITS, Clips, centre_crop, centre_frames, find_videos
+from extras.evaluate import accuracy, collect, held_out, nearest_neighbours, share_of, told
 from extras.run import DEVICE, RANK, launch, log, save_atomically, set_up, write_json
 from sigma import UserError, load_encoder, read_checkpoint
 from train import DEFAULTS, FLAGS, check_clip, clip_of, locate, parser_with

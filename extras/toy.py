@@ -10,8 +10,9 @@ from pathlib import Path
 import av
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
 
-from data import in_parallel, seeded
+from data import progress, seeded
 from sigma import Encoder
 
 TOY_CLASSES = ("0_right", "1_down_right", "2_down", "3_down_left", "4_left", "5_up_left", "6_up",
@@ -59,6 +60,13 @@ def write_video(path, frames, rate=8):
         for frame in frames.numpy():
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))
+
+
+def in_parallel(work, items, workers, title, unit=" videos"):
+    """Yields (item, work(item)) in order, with a progress bar; worker processes do the work."""
+    results = DataLoader(items, batch_size=None, collate_fn=work, num_workers=workers)
+    bar = progress(results, title, len(items), unit=unit)
+    yield from ((item, result) for result, item in zip(bar, items))  # the bar first: to its end
 
 
 def render(job):

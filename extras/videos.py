@@ -31,9 +31,10 @@ import av
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
-from data import SPLITS, SUFFIXES, decode, find_videos, in_parallel
+from data import SPLITS, SUFFIXES, decode, find_videos
 from extras.reader import REFORMATTER, VideoError, all_frames, opened, quarter_turns
 from extras.run import RunError, claim, draft_of, launch, log
+from extras.toy import in_parallel
 from sigma import UserError
 from train import at_least, parser_with
 

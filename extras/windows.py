@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
-from data import SPLITS, centre_crop, decode, find_videos, resize_crop, told
-from extras.evaluate import finite, share_of
+from data import SPLITS, centre_crop, decode, find_videos, resize_crop
+from extras.evaluate import finite, share_of, told
 from extras.reader import VideoError, all_frames, frame_times, nearest, opened, to_rgb
 from extras.run import (DEVICE, RANK, WORLD, claim, draft_of, gather, gather_dict, launch, log,
                         progress, set_up, start_worker, write_json)
