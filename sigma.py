@@ -211,69 +211,40 @@ def projector(pixels, dim, widths=(1024, 1024, 512)):
     return nn.Sequential(*layers, nn.Linear(pixels, dim))
 
 
-UNUSED = r"(head|head_dist|mask_token|masked_embed|decoder_\w+)(\.|$)"  # by a teacher
-NOT_PLAIN = {r"mlp\.(w\d|fc1_[gx])": "SwiGLU", r"rope|freqs": "rotary positions, as DINOv3 has,",
-             r"[qk]_norm": "norms of queries and keys", r"norm_pre|ln_pre|pre_layrnorm":
-             "a norm before its first block, as CLIP has,"}
-TOKENS = ("cls_token", "dist_token", "register_tokens", "reg_token")  # that are no patches
-
-
-def dino_weights(weights):
-    """The state dict of a plain ViT, in the names that DINO, DINOv2, iBOT, MAE and timm share, as
-    Encoder names them; its TOKENS, positions added (1, R, E); its patches' positions (1, E, s, s).
-
-    LayerScale is folded into the layers whose outputs it multiplies. Raises UserError with the name
-    of what Encoder can't compute.
-    """
-    for name, (pattern, part) in ((n, pair) for n in weights for pair in NOT_PLAIN.items()):
-        if re.search(pattern, name):
-            raise UserError(f"the teacher has {part} ({name}), but can only be a plain ViT")
-    if not {"pos_embed", "patch_embed.proj.weight"} <= weights.keys():
-        raise UserError("the teacher's file does not hold a ViT in the names of DINO (pos_embed, "
-                        "patch_embed.proj.weight, blocks.0.norm1.weight): Hugging Face's differ")
-    weights = {re.sub(r"^blocks\.\d+\.(?=\d)", "blocks.", name): w.float()  # DINOv2's chunks
-               for name, w in weights.items() if not re.match(UNUSED, name)}
-    position = weights.pop("pos_embed")
-    side = math.isqrt(position.shape[1])  # patches alone, or after the class token
-    first, position = position.split([position.shape[1] - side ** 2, side ** 2], dim=1)
-    tokens = [weights.pop(name) for name in TOKENS if name in weights]
-    tokens = torch.cat([position[:, :0], *tokens], dim=1)
-    tokens = tokens + F.pad(first, (0, 0, 0, tokens.shape[1] - first.shape[1]))  # registers: none
-    weights["patch_embed.proj.weight"] = weights["patch_embed.proj.weight"][:, :, None]
-    for scale, layer in ((r"ls1\.gamma|gamma_1", "attn.proj"), (r"ls2\.gamma|gamma_2", "mlp.fc2")):
-        for name in [name for name in weights if re.search(f"({scale})$", name)]:
-            layer_name, gamma = re.sub(scale, layer, name), weights.pop(name)
-            weights[f"{layer_name}.weight"] = weights[f"{layer_name}.weight"] * gamma[:, None]
-            weights[f"{layer_name}.bias"] = weights[f"{layer_name}.bias"] * gamma
-    for name in [name for name in weights if name.endswith("qkv.weight")]:
-        bias = weights.pop(name.replace("weight", "bias"), torch.zeros(len(weights[name])))
-        query, _, value = bias.chunk(3)  # a bias of keys cancels in the softmax
-        weights = {name.replace("qkv.weight", "q_bias"): query,
-                   name.replace("qkv.weight", "v_bias"): value} | weights  # BEiT's are ours
-    return weights, tokens, rearrange(position, "1 (h w) e -> 1 e h w", h=side)
-
-
 class Teacher(nn.Module):
     """The projection network of SIGMA-DINO: a frozen ViT on the first frame of each slice.
 
-    weights: the state dict of a plain ViT as `dino_weights` takes it; width, depth and patch size
-    are inferred from it; heads are 64 wide, in ViT-H (1280) 80. tube: the video model's; frames are
-    resized so that each tube is one patch. Not a part of SIGMA, so it is in no checkpoint. Raises
-    UserError if the weights don't fit.
+    weights: a state dict in DINO's names, perhaps with DINOv2's register_tokens (dino_weights in
+    extras/evaluate.py turns other ViTs into it); width, depth and patch size are inferred from it;
+    heads are 64 wide, in ViT-H (1280) 80. tube: the video model's; frames are resized so that each
+    tube is one patch. Not a part of SIGMA, so it is in no checkpoint. Raises UserError if the
+    weights don't fit.
     """
 
     def __init__(self, weights, tube=(2, 16, 16)):
         super().__init__()
-        self.antialias = not weights.keys().isdisjoint({"register_tokens", "reg_token"})
-        weights, tokens, position = dino_weights(weights)
+        if not {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= weights.keys():
+            raise UserError("the teacher's weights are no ViT's in the names of DINO (cls_token, "
+                            "pos_embed, patch_embed.proj.weight): Hugging Face's differ")
+        weights = {name: w.float() for name, w in weights.items() if not name.startswith("head")}
+        token, position = weights.pop("cls_token"), weights.pop("pos_embed")
+        registers = weights.pop("register_tokens", token[:, :0])  # they have no position
+        self.antialias = registers.shape[1] > 0
+        first, position = position[:, :token.shape[1]], position[:, token.shape[1]:]
+        for name in [name for name in weights if name.endswith("qkv.bias")]:
+            query, _, value = weights.pop(name).chunk(3)  # a bias of keys cancels in the softmax
+            weights |= {name.replace("qkv.bias", "q_bias"): query,
+                        name.replace("qkv.bias", "v_bias"): value}
+        weights["patch_embed.proj.weight"] = weights["patch_embed.proj.weight"][:, :, None]
         self.tube, (self.dim, _, *patch) = tuple(tube), weights["patch_embed.proj.weight"].shape
         if self.dim % 64:
             raise UserError(f"the teacher is {self.dim} wide, which heads of 64 do not divide")
         vit = Encoder(dim=self.dim, depth=depth_of(weights, "blocks"),
                       heads=16 if self.dim == 1280 else self.dim // 64, tube=patch)
         self.vit = fill(vit, weights, "the teacher's file").requires_grad_(False)
-        self.register_buffer("tokens", tokens)  # 1 R E
-        self.register_buffer("position", position)  # 1 E side side
+        self.register_buffer("tokens", torch.cat([token + first, registers], dim=1))  # 1 R E
+        side = math.isqrt(position.shape[1])
+        self.register_buffer("position", rearrange(position, "1 (h w) e -> 1 e h w", h=side))
 
     @torch.no_grad()  # frozen
     def forward(self, video):
@@ -554,24 +525,6 @@ def read_file(path):
         # GLOBAL: code that it asks for; else the first line
         reason = (re.search(r"GLOBAL \S+", str(error)) or re.match(r".{,200}", str(error)))[0]
         raise UserError(f"{path} holds no plain weights ({reason})") from error
-
-
-def plain_weights(content, path):
-    """The state dict in a file's content, without what training code wraps around it: keys such as
-    "teacher" or "state_dict", names that begin with "module." and the like. Raises UserError."""
-    keys = "teacher", "state_dict", "model", "module"
-    while inner := [content[key] for key in keys if isinstance(content.get(key), dict)]:
-        content = inner[0]
-    for part in ("teacher.", "backbone."):  # beside them there are students and heads
-        content = {name: w for name, w in content.items() if part in name} or content
-    weights = {re.sub(r"^((module|model|backbone|teacher|_orig_mod)\.)+|\b_orig_mod\.", "", name): w
-               for name, w in content.items()}
-    others = [name for name, w in weights.items() if not isinstance(w, torch.Tensor)]
-    if others or not weights:
-        raise UserError(f"{path} holds no weights, or not weights alone: {', '.join(others[:20])}")
-    if bad := [n for n, w in weights.items() if w.is_floating_point() and not w.isfinite().all()]:
-        raise UserError(f"{path} holds weights that are not finite: {', '.join(bad[:5])}")
-    return weights
 
 
 def read_checkpoint(path):

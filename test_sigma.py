@@ -130,6 +130,11 @@ def of_hugging_face(weights):
 FIGURES = {"plain": [6.74277, -0.938951], "registers": [6.31132, -1.52093]}  # norm, weighted sum
 
 
+def teacher(weights):
+    """A Teacher of a ViT with patches of 14 in its authors' names."""
+    return Teacher(evaluate.dino_weights(weights), (2, 14, 14))
+
+
 class TestMethod:
     @pytest.mark.parametrize("target", ["mlp", "dino", "pixel", "l2"])
     def test_the_loss_and_its_gradient_written_out(self, target):
@@ -345,14 +350,14 @@ class TestMethod:
         video = torch.randn(2, 3, 2, 14 * h, 14 * w)
         with torch.no_grad():
             wanted = model(video[:, :, 0]).last_hidden_state[:, 1 + registers:]
-        found = Teacher(of_hugging_face(model.state_dict()), (2, 14, 14))(video)
+        found = teacher(of_hugging_face(model.state_dict()))(video)
         assert torch.allclose(found, wanted, atol=1e-5)
 
     @pytest.mark.parametrize("kind", FIGURES)
     def test_dinov2_where_transformers_is_not_installed(self, kind):
         """Figures written down from transformers' models with weights by a formula."""
         registers, h, w = (4, 4, 2) if kind == "registers" else (0, 3, 3)
-        found = Teacher(dinov2_by_formula(registers), (2, 14, 14))(
+        found = teacher(dinov2_by_formula(registers))(
             by_formula("video", (1, 3, 2, 14 * h, 14 * w)).float())
         ramp = torch.linspace(-1, 1, found.numel()).view(found.shape)
         assert [found.norm(), (found * ramp).sum()] == pytest.approx(FIGURES[kind], rel=1e-4)
@@ -362,7 +367,7 @@ class TestMethod:
         """Wrappers of training code, heads, MAE's decoder, chunks of blocks; iBOT's and timm's
         names for the same; half precision is read too."""
         plain, video = dinov2_by_formula(registers), torch.randn(1, 3, 2, 42, 42)
-        wanted = Teacher(plain, (2, 14, 14))(video)
+        wanted = teacher(plain)(video)
         more = plain | {name: torch.ones(2) for name in (
             "decoder_blocks.0.norm1.weight", "head.weight")}
         chunks = {n.replace("blocks.", "blocks.0."): w for n, w in plain.items()}
@@ -379,12 +384,12 @@ class TestMethod:
                         {"student": student, "teacher": {f"module._orig_mod.backbone.{n}": w
                                                          for n, w in plain.items()}},
                         {"state_dict": {f"model.{n}": w for n, w in plain.items()}}):
-            found = Teacher(sigma.plain_weights(content, "a.pth"), (2, 14, 14))(video)
+            found = teacher(evaluate.plain_weights(content, "a.pth"))(video)
             assert torch.allclose(found, wanted, atol=1e-5)
-        assert torch.allclose(Teacher(half, (2, 14, 14))(video), wanted, atol=0.05)
+        assert torch.allclose(teacher(half)(video), wanted, atol=0.05)
         biases = {n: w for n, w in plain.items() if "qkv.bias" not in n}
         zeros = plain | {n: w * 0 for n, w in plain.items() if "qkv.bias" in n}
-        assert torch.equal(*(Teacher(x, (2, 14, 14))(video) for x in (biases, zeros)))
+        assert torch.equal(*(teacher(x)(video) for x in (biases, zeros)))
 
     @pytest.mark.parametrize("name, word", [
         ("blocks.0.mlp.w12.weight", "SwiGLU"), ("rope_embed.periods", "rotary"),
@@ -392,17 +397,17 @@ class TestMethod:
         ("blocks.0.attn.rel_pos", "rel_pos")])
     def test_a_teacher_with_more_than_a_plain_vit_is_refused(self, name, word):
         with pytest.raises(UserError, match=word):
-            Teacher(dinov2_by_formula() | {name: torch.ones(2)})
+            teacher(dinov2_by_formula() | {name: torch.ones(2)})
 
     def test_a_teacher_in_other_names_or_widths_is_refused(self):
         with pytest.raises(UserError, match="Hugging Face"):
-            Teacher({"embeddings.cls_token": torch.ones(1, 1, 64)})
+            teacher({"embeddings.cls_token": torch.ones(1, 1, 64)})
         with pytest.raises(UserError, match="96 wide"):
-            Teacher(dinov2_by_formula(dim=96))
+            teacher(dinov2_by_formula(dim=96))
         for content, word in (({"net": {}}, "net"),
                               ({"a": torch.tensor([math.nan])}, "not finite: a")):
             with pytest.raises(UserError, match=word):
-                sigma.plain_weights(content, "a.pth")
+                evaluate.plain_weights(content, "a.pth")
 
     def test_checkpoints_load_strictly_or_stop(self):
         model, loaders = small(), (load_model, sigma.load_encoder)

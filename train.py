@@ -13,7 +13,6 @@ import argparse
 import math
 import os
 import shlex
-import socket
 import sys
 from functools import partial
 from pathlib import Path
@@ -24,12 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from data import (Clips, centre_crop, centre_frames, corner_crop, find_videos, normalise, seeded)
-from extras.evaluate import PROTOCOL, evaluate, held_out, share_of, told
-from extras.run import (AMP, DEVICE, RANK, WORLD, Run, autocast, draft_of, fingerprint, launch, log,
-                        one_first, saved_run, set_up, write_json)
+from extras.evaluate import PROTOCOL, evaluate, fingerprint, held_out, make_teacher, share_of, told
+from extras.run import (AMP, DEVICE, RANK, WORLD, Run, autocast, draft_of, launch, log, one_first,
+                        saved_run, set_up, write_json)
 from extras.toy import make_toy
-from sigma import (BASELINES, DINO_WIDTHS, SIGMA, SIZES, TARGETS, Teacher, UserError, fill,
-                   plain_weights, read_checkpoint, read_file, sizes_for, tube_mask)
+from sigma import (BASELINES, DINO_WIDTHS, SIGMA, SIZES, TARGETS, UserError, fill, read_checkpoint,
+                   sizes_for, tube_mask)
 
 # --- Recipes and flags ----------------------------------------------------------------------------
 
@@ -47,11 +46,6 @@ RECIPES = {  # what a data set changes; ucf101 and hmdb51: the paper does not pr
                  lr=3e-3, gpu_batch=32, global_batch=32),  # that model on any data but toy
 }
 EVAL_CLIPS = 10_000  # of each split, for probe and k-NN
-DINO = {  # target: (address of its weights, how their SHA-256 begins; not known for ViT-S)
-    "dino": ("https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/"
-             "dino_vitbase16_pretrain.pth", "bf34ad0f42"),
-    "dino-s": ("https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/"
-               "dino_deitsmall16_pretrain.pth", "")}
 
 
 def settings_for(data, model):
@@ -163,25 +157,6 @@ def parse(argv, *ideas):
 
 
 # --- Model, optimiser, schedule -------------------------------------------------------------------
-
-def make_teacher(args, tube):
-    """The frozen Teacher of a DINO target, from --teacher or downloaded into torch's cache."""
-    if args.teacher:
-        return Teacher(plain_weights(read_file(args.teacher), args.teacher), tube)
-    url, sha = DINO[args.target]
-    name = Path(url).stem + (f"-{sha}.pth" if sha else ".pth")  # torch checks such a hash
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # torch.hub has no limit of its own
-    try:
-        weights = one_first(lambda: torch.hub.load_state_dict_from_url(
-            url, map_location="cpu", weights_only=True, check_hash=bool(sha), file_name=name))
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"DINO's weights can't be downloaded ({error}): get {url} elsewhere and "
-                        "give the file with --teacher") from error
-    finally:
-        socket.setdefaulttimeout(timeout)
-    return Teacher(weights, tube)
-
 
 def set_blocks(blocks, recompute, compiled=False):
     """recompute: a block's activations are computed again for the backward pass, not kept."""

@@ -1,13 +1,109 @@
-"""Accuracy of a frozen encoder: videos to test on, features on all ranks, linear probe, k-NN."""
+"""Frozen networks: teachers from other people's files; videos to test on, features on all ranks,
+linear probe, k-NN."""
+import hashlib
 import math
+import re
+import socket
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from data import SPLITS, check_labels, find_videos, normalise, progress
 from extras.run import (DEVICE, GPU, RANK, WORLD, RunError, autocast, gather, gather_dict, loader,
-                        log)
-from sigma import UserError
+                        log, one_first)
+from sigma import Teacher, UserError, read_file
+
+# --- Teachers -------------------------------------------------------------------------------------
+
+DINO = {  # target: (address of its weights, how their SHA-256 begins; not known for ViT-S)
+    "dino": ("https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/"
+             "dino_vitbase16_pretrain.pth", "bf34ad0f42"),
+    "dino-s": ("https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/"
+               "dino_deitsmall16_pretrain.pth", "")}
+UNUSED = r"(head|head_dist|mask_token|masked_embed|decoder_\w+)(\.|$)"  # by a teacher
+NOT_PLAIN = {r"mlp\.(w\d|fc1_[gx])": "SwiGLU", r"rope|freqs": "rotary positions, as DINOv3 has,",
+             r"[qk]_norm": "norms of queries and keys", r"norm_pre|ln_pre|pre_layrnorm":
+             "a norm before its first block, as CLIP has,"}
+
+
+def plain_weights(content, path):
+    """The state dict in a file's content, without what training code wraps around it: keys such as
+    "teacher" or "state_dict", names that begin with "module." and the like. Raises UserError."""
+    keys = "teacher", "state_dict", "model", "module"
+    while inner := [content[key] for key in keys if isinstance(content.get(key), dict)]:
+        content = inner[0]
+    for part in ("teacher.", "backbone."):  # beside them there are students and heads
+        content = {name: w for name, w in content.items() if part in name} or content
+    weights = {re.sub(r"^((module|model|backbone|teacher|_orig_mod)\.)+|\b_orig_mod\.", "", name): w
+               for name, w in content.items()}
+    others = [name for name, w in weights.items() if not isinstance(w, torch.Tensor)]
+    if others or not weights:
+        raise UserError(f"{path} holds no weights, or not weights alone: {', '.join(others[:20])}")
+    if bad := [n for n, w in weights.items() if w.is_floating_point() and not w.isfinite().all()]:
+        raise UserError(f"{path} holds weights that are not finite: {', '.join(bad[:5])}")
+    return weights
+
+
+def dino_weights(weights):
+    """The state dict of a plain ViT, in the names that DINO, DINOv2, iBOT, MAE and timm share, as
+    Teacher takes it: in DINO's own, without heads, LayerScale folded into the layers whose outputs
+    it multiplies. Raises UserError with the name of what Teacher can't compute.
+    """
+    for name, (pattern, part) in ((n, pair) for n in weights for pair in NOT_PLAIN.items()):
+        if re.search(pattern, name):
+            raise UserError(f"the teacher has {part} ({name}), but can only be a plain ViT")
+    weights = {re.sub(r"^blocks\.\d+\.(?=\d)", "blocks.", name): w.float()  # DINOv2's chunks
+               for name, w in weights.items() if not re.match(UNUSED, name)}
+    for scale, layer in ((r"ls1\.gamma|gamma_1", "attn.proj"), (r"ls2\.gamma|gamma_2", "mlp.fc2")):
+        for name in [name for name in weights if re.search(f"({scale})$", name)]:
+            layer_name, gamma = re.sub(scale, layer, name), weights.pop(name)
+            weights[f"{layer_name}.weight"] = weights[f"{layer_name}.weight"] * gamma[:, None]
+            weights[f"{layer_name}.bias"] = weights[f"{layer_name}.bias"] * gamma
+    for name in [name for name in weights if name.endswith("qkv.weight")]:
+        if name.replace("qkv.weight", "q_bias") not in weights:  # BEiT's names are Encoder's
+            weights.setdefault(name.replace("weight", "bias"), torch.zeros(len(weights[name])))
+    if "pos_embed" in weights:  # else Teacher says what it misses
+        position, named = weights["pos_embed"], {"cls_token", "dist_token"} & weights.keys()
+        tokens = torch.cat([position[:, :0], *map(weights.pop, sorted(named))], dim=1)
+        patches = math.isqrt(position.shape[1]) ** 2
+        missing = patches + tokens.shape[1] - position.shape[1]  # timm's tokens may have none
+        weights |= {"cls_token": tokens, "pos_embed": F.pad(position, (0, 0, missing, 0))}
+    if "reg_token" in weights:
+        weights["register_tokens"] = weights.pop("reg_token")
+    return weights
+
+
+def make_teacher(args, tube):
+    """The frozen Teacher of a DINO target, from --teacher or downloaded into torch's cache."""
+    if args.teacher:
+        weights = plain_weights(read_file(args.teacher), args.teacher)
+        return Teacher(dino_weights(weights), tube)
+    url, sha = DINO[args.target]
+    name = Path(url).stem + (f"-{sha}.pth" if sha else ".pth")  # torch checks such a hash
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # torch.hub has no limit of its own
+    try:
+        weights = one_first(lambda: torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", weights_only=True, check_hash=bool(sha), file_name=name))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"DINO's weights can't be downloaded ({error}): get {url} elsewhere and "
+                        "give the file with --teacher") from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return Teacher(weights, tube)
+
+
+def fingerprint(module):
+    """A hash of a module's weights, to tell networks apart."""
+    found = hashlib.sha256()
+    for name, weight in sorted(module.state_dict().items()):
+        found.update(name.encode())
+        found.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
+
+# --- Probe and k-NN -------------------------------------------------------------------------------
 
 PROTOCOL = ("top-1, frozen encoder, mean over tokens, one centre clip per video; probe: ridge "
             "regression on standardised features; k-NN: cosine, k = 20, temperature 0.07")

@@ -18,11 +18,11 @@ from torchvision.utils import draw_bounding_boxes, save_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
 from data import SPLITS, Clips, centre_crop, centre_frames, collate, find_videos, normalise
-from extras.evaluate import collect
+from extras.evaluate import collect, make_teacher
 from extras.run import DEVICE, launch
 from extras.toy import write_video
 from sigma import DINO_WIDTHS, UserError, load_model, read_checkpoint, standardise, take_tubes
-from train import locate, make_teacher, parser_with, settings_for
+from train import locate, parser_with, settings_for
 
 
 def slide(video, tube, forward):

@@ -266,15 +266,6 @@ def save_atomically(path, content):
                        "and the same command resumes from it") from error
 
 
-def fingerprint(module):
-    """A hash of a module's weights, to tell networks apart."""
-    found = hashlib.sha256()
-    for name, weight in sorted(module.state_dict().items()):
-        found.update(name.encode())
-        found.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()[:16]
-
-
 def saved_run(args):
     """The checkpoint in --out, None if there is none. Raises UserError if flags contradict it, or
     if not all ranks see it."""

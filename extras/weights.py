@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
+from extras.evaluate import plain_weights
 from extras.run import launch, save_atomically
 from sigma import (DINO_WIDTHS, IMAGENET_MEAN, IMAGENET_STD, SIGMA, SIZES, Encoder, UserError,
-                   depth_of, fill, plain_weights, read_file)
+                   depth_of, fill, read_file)
 from train import DEFAULTS, at_least, parser_with
 
 NAMES = [  # ours and Hugging Face's, in this order: how names begin, then parts within blocks
