@@ -19,14 +19,12 @@ networks that learn from each other could agree on a constant. So:
     loss, stats = model(video, tube_mask(2, (8, 14, 14)))  # pretrain
     features = model.encoder(video)                        # use: (2, 1568, 768), a token per tube
 
-`SIGMA.forward` is these six steps; `python sigma.py` walks one clip through them. The best second
-page is the test that writes the loss out by hand, in test_sigma.py. Parts come in the order of the
-steps; `tube_mask`, `compare`, `sinkhorn` and `symmetric_loss` can each be copied alone.
+`SIGMA.forward` is these six steps; `python sigma.py` walks one clip through them, and test_sigma.py
+writes the loss out by hand. `tube_mask`, `compare`, `sinkhorn` and `symmetric_loss` can be copied.
 
 Shapes   B clips of 3 x T x H x W pixels   N tubes of a clip = V visible + M hidden
          D width of the encoder's tokens, D' of the decoder's   E width of features and prototypes
-         K prototypes   P pixel values of a tube   (t, h, w) a clip's size in tubes
-         a slice: the h x w tubes of one time step
+         K prototypes   P pixel values of a tube   (t, h, w) a clip in tubes: t slices of h x w
 """
 import math
 import re
@@ -363,8 +361,7 @@ def usage(assignment, k):
 
 
 def spreads(predicted, embedded):
-    """Standard deviation of both networks' features (B, M, E) over all tubes, mean over E: it goes
-    to 0 when they collapse."""
+    """Standard deviation of both networks' features (B, M, E) over all tubes: 0 if collapsed."""
     both = {"video_std": predicted, "projection_std": embedded}
     return {name: x.detach().float().flatten(0, 1).std(dim=0).mean() for name, x in both.items()}
 
@@ -380,9 +377,9 @@ class SIGMA(nn.Module):
     target, what the video model learns to predict: "mlp" (an MLP's features of the hidden tubes'
     pixels; it is trained jointly), "dino" or "dino-s" (a Teacher's features, target_dim wide;
     nothing to train), and two baselines without prototypes: "pixel" (VideoMAE: regress the pixels)
-    and "l2" (regress the MLP's features, without anything that keeps both networks from a
-    constant). eps, iters: Sinkhorn's. temperature: the cross-entropies'. Weights start as in the
-    published code. For another idea override `embed` or `assign`, see extras/ideas.md.
+    and "l2" (regress the MLP's features: constants are a solution). eps, iters: Sinkhorn's.
+    temperature: the cross-entropies'. Weights start as in the published code. For another idea
+    override `embed` or `assign`, see extras/ideas.md.
     """
 
     def __init__(self, *, dim, depth, heads, decoder_dim, decoder_depth, decoder_heads,
@@ -409,9 +406,8 @@ class SIGMA(nn.Module):
 
         video (B, 3, T, H, W), normalised; mask (B, N) bool, True where hidden, on the CPU;
         features (B, N, E), for DINO's targets alone: the Teacher's, of all tubes.
-        Returns the loss and a dictionary of detached statistics: scalars, whose means over ranks
-        are those of the whole batch (but prototypes_used, entropies and spreads are of this rank's
-        tubes), and both assignments (B*M,).
+        Returns the loss and a dictionary of detached statistics: the loss's terms, scalars that
+        describe this rank's tubes, and both assignments (B*M,).
         """
         shape = len(video), math.prod(video.shape[2:]) // math.prod(self.encoder.tube)
         if mask.shape != shape:
@@ -433,8 +429,7 @@ class SIGMA(nn.Module):
             video_assignment=video_assignment, projection_assignment=projection_assignment)
 
     def unit_prototypes(self):
-        """The prototypes (K, E), at unit length: in training rescaled in place, outside the graph,
-        as published."""
+        """The prototypes (K, E), of unit length: in training rescaled in place, as published."""
         if not self.training:
             return F.normalize(self.prototypes, dim=1)
         self.prototypes.data.copy_(F.normalize(self.prototypes.data, dim=1))

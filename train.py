@@ -22,10 +22,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from data import (Clips, centre_crop, centre_frames, corner_crop, find_videos, normalise, seeded)
-from extras.evaluate import PROTOCOL, evaluate, fingerprint, held_out, make_teacher, share_of, told
-from extras.run import (AMP, DEVICE, RANK, WORLD, Run, autocast, draft_of, launch, log, one_first,
-                        saved_run, set_up, write_json)
+from data import Clips, centre_crop, corner_crop, find_videos, normalise, seeded
+from extras.evaluate import (NO_PROBE, PROTOCOL, evaluate, fingerprint, held_out, make_teacher,
+                             probe_sets, share_of, told, write_skipped)
+from extras.run import (AMP, DEVICE, RANK, WORLD, Run, autocast, launch, log, one_first, saved_run,
+                        set_up, write_json)
 from extras.toy import make_toy
 from sigma import (BASELINES, DINO_WIDTHS, SIGMA, SIZES, TARGETS, UserError, fill, read_checkpoint,
                    sizes_for, tube_mask)
@@ -45,7 +46,6 @@ RECIPES = {  # what a data set changes; ucf101 and hmdb51: the paper does not pr
     "tiny": dict(tube=(4, 16, 16), size=64, ratio=0.75, epochs=60, least_steps=1600, warmup=7,
                  lr=3e-3, gpu_batch=32, global_batch=32),  # that model on any data but toy
 }
-EVAL_CLIPS = 10_000  # of each split, for probe and k-NN
 
 
 def settings_for(data, model):
@@ -80,14 +80,11 @@ FLAGS = {  # the scripts in extras/ take theirs from here
     "target": dict(choices=TARGETS, default="mlp", help="mlp: SIGMA-MLP (default); dino, dino-s: "
                    "SIGMA-DINO with ViT-B or ViT-S; pixel: VideoMAE; l2: without prototypes and "
                    "Sinkhorn, which collapses"),
-    "teacher": dict(metavar="FILE", help="weights of DINO, DINOv2 or another plain ViT (default: "
-                    "DINO's, downloaded once)"),
+    "teacher": dict(metavar="FILE", help="a ViT's weights (default: DINO's, downloaded once)"),
     "init": dict(metavar="FILE", help="checkpoint, or folder of a run, whose weights are taken"),
     "out": dict(help="folder to write to (default: below out/)"),
-    "epochs": dict(type=at_least(1), help="passes over the data; the schedule stretches with them; "
-                   "without it a small set gets more for tiny, see RECIPES"),
-    "batch-size": dict(type=at_least(1), help="clips per process and forward pass, as memory "
-                       "allows"),
+    "epochs": dict(type=at_least(1), help="passes over the data (tiny: more, if the set is small)"),
+    "batch-size": dict(type=at_least(1), help="clips per process and forward pass"),
     "accum": dict(type=at_least(1), help="batches per step (default: as many as make the recipe's "
                   "global batch); Sinkhorn still balances each batch alone"),
     "repeat": dict(type=at_least(1), default=1, help="clips from each decoding: loads faster"),
@@ -126,12 +123,6 @@ def check_clip(frames, size, tube):
                         f"{tuple(tube)}: {frames} and {size} are not")
 
 
-def clip_of(content):
-    """Frames, stride and size of the clips of a checkpoint's run, as far as it tells."""
-    args = content.get("args", {})
-    return {name: args[name] for name in ("frames", "stride", "size") if args.get(name)}
-
-
 def parse(argv, *ideas):
     """The flags, with the recipe of --data and --model as defaults. ideas: what main was given in
     place of its own classes; they name the run."""
@@ -141,9 +132,8 @@ def parse(argv, *ideas):
     names = [getattr(idea, "__name__", type(idea).__name__).strip("<>")  # of a lambda
              for idea in ideas if idea not in (Clips, SIGMA, None)]
     name = "-".join([Path(known.data).resolve().stem, model, known.target, *names])
-    parser.set_defaults(model=model, out=f"out/{name}", ideas=names,
-                        **settings_for(known.data, model))
-    parser.set_defaults(**{"least_steps": 0} if known.epochs else {})
+    settings = settings_for(known.data, model) | ({"least_steps": 0} if known.epochs else {})
+    parser.set_defaults(model=model, out=f"out/{name}", ideas=names, **settings)
     args = parser.parse_args(argv)
     check_clip(args.frames, args.size, args.tube)
     if args.batch_size and args.batch_size % args.repeat:
@@ -277,22 +267,15 @@ def prepare_clips(args, clips_class):
                    seed=args.seed, cache={} if toy else None)
     clips = clips_class(videos, **options, ratio=args.ratio, repeat=args.repeat,
                         crop=centre_crop if toy else corner_crop)
-    sets = [Clips(part[::math.ceil(len(part) / EVAL_CLIPS)], **options, ratio=None, tries=1,
-                  choose=centre_frames, crop=centre_crop) for part in (videos, tests) if tests]
+    sets = probe_sets(videos, tests, **options)
     if args.eval_every and not sets:
-        raise UserError("--eval-every needs labelled videos to test on, in val or test of --data, "
-                        "or --val")
-    if RANK == 0:
-        out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "results.json").unlink(missing_ok=True)  # of a run that was here before
-        with draft_of(out / "skipped.txt") as draft:  # names need not be UTF-8
-            draft.write_bytes(os.fsencode("\n".join([*skipped, *lacking, ""])))
+        raise UserError(f"--eval-every: {NO_PROBE}")
+    write_skipped(args.out, [*skipped, *lacking])
     twice = len(videos) - len({path for path, _ in videos})
     log(f"data      {len(videos):,} videos{f', {twice:,} of them named before' if twice else ''}"
         f"{told(skipped)}\ntests     {len(tests):,} videos{told(lacking)}\n"
         f"          what was skipped is in {args.out}/skipped.txt")
-    return clips, sets or None, len(tests) + len(lacking)
+    return clips, sets, len(tests) + len(lacking)
 
 
 def main(argv=None, clips_class=Clips, model_class=SIGMA, teacher_of=None):
@@ -326,8 +309,7 @@ def main(argv=None, clips_class=Clips, model_class=SIGMA, teacher_of=None):
     if not fit(args, model, make_optimizer(model), clips, loss_of, facts=facts, saved=saved,
                probe=probe if sets else None):
         return
-    results = dict(checkpoint=f"{out}/last.pt", protocol=PROTOCOL if sets else "no probe: it takes "
-                   "labels, and labelled videos in val or test of --data, or --val",
+    results = dict(checkpoint=f"{out}/last.pt", protocol=PROTOCOL if sets else NO_PROBE,
                    tests=share_of(len(sets[1]), named) if sets else "none")
     if args.data == "toy":
         torch.manual_seed(args.seed)

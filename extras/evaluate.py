@@ -2,6 +2,7 @@
 linear probe, k-NN."""
 import hashlib
 import math
+import os
 import re
 import socket
 from pathlib import Path
@@ -9,9 +10,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import SPLITS, check_labels, find_videos, normalise, progress
-from extras.run import (DEVICE, GPU, RANK, WORLD, RunError, autocast, gather, gather_dict, loader,
-                        log, one_first)
+from data import (SPLITS, Clips, centre_crop, centre_frames, check_labels, find_videos, normalise,
+                  progress)
+from extras.run import (DEVICE, GPU, RANK, WORLD, RunError, autocast, draft_of, gather, gather_dict,
+                        loader, log, one_first)
 from sigma import Teacher, UserError, read_file
 
 # --- Teachers -------------------------------------------------------------------------------------
@@ -103,8 +105,15 @@ def fingerprint(module):
     return found.hexdigest()[:16]
 
 
+def clip_of(content):
+    """Frames, stride and size of the clips of a checkpoint's run, as far as it tells."""
+    args = content.get("args", {})
+    return {name: args[name] for name in ("frames", "stride", "size") if args.get(name)}
+
+
 # --- Probe and k-NN -------------------------------------------------------------------------------
 
+EVAL_CLIPS = 10_000  # of each split, for probe and k-NN
 PROTOCOL = ("top-1, frozen encoder, mean over tokens, one centre clip per video; probe: ridge "
             "regression on standardised features; k-NN: cosine, k = 20, temperature 0.07")
 
@@ -113,6 +122,25 @@ def told(skipped):
     """How many files or lines were skipped, and the first, for a line of the log."""
     first = f", first {skipped[0]}" if skipped else ""
     return f"; {len(skipped):,} files or lines skipped{first}"
+NO_PROBE = ("a probe needs labelled videos to train and to test on: train and val (or test) of "
+            "--data, or --val")
+
+
+def probe_sets(videos, tests, **options):
+    """Clips to fit probe and k-NN on and to test them on, one from the middle of each video, at
+    most EVAL_CLIPS of a split; None if there is nothing to test on. options: of Clips."""
+    return [Clips(part[::math.ceil(len(part) / EVAL_CLIPS)], **options, ratio=None, tries=1,
+                  choose=centre_frames, crop=centre_crop) for part in (videos, tests)
+            ] if tests else None
+
+
+def write_skipped(out, skipped):
+    """Writes the lines to skipped.txt in a run's folder, and removes results of an earlier run."""
+    if RANK == 0:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        Path(out, "results.json").unlink(missing_ok=True)
+        with draft_of(Path(out, "skipped.txt")) as draft:  # names need not be UTF-8
+            draft.write_bytes(os.fsencode("\n".join([*skipped, ""])))
 
 
 def held_out(videos, classes, root, val=None, required=False):

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
 from data import SPLITS, Clips, centre_crop, centre_frames, find_videos
-from extras.evaluate import accuracy, collect, held_out, nearest_neighbours, share_of, told
+from extras.evaluate import (accuracy, clip_of, collect, held_out, nearest_neighbours, share_of,
+                             told)
 from extras.run import DEVICE, RANK, launch, log, save_atomically, set_up, write_json
 from sigma import UserError, load_encoder, read_checkpoint
-from train import DEFAULTS, FLAGS, check_clip, clip_of, locate, parser_with
+from train import DEFAULTS, FLAGS, check_clip, locate, parser_with
 
 
 def parse(argv):

@@ -30,11 +30,12 @@ from torchvision.transforms import RandomResizedCrop, v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
 from data import Clips, centre_crop, find_videos, normalise, seeded
-from extras.evaluate import accuracy, collect, held_out, mean_average_precision, share_of, told
+from extras.evaluate import (accuracy, clip_of, collect, held_out, mean_average_precision,
+                             share_of, told)
 from extras.run import DEVICE, autocast, launch, log, one_first, saved_run, set_up, write_json
 from extras.toy import make_toy
 from sigma import IMAGENET_MEAN, IMAGENET_STD, SIZES, build_model, load_encoder, read_checkpoint
-from train import (at_least, check_clip, clip_of, fit, locate, parser_with, set_blocks,
+from train import (at_least, check_clip, fit, locate, parser_with, set_blocks,
                    settings_for)
 
 # What changes in the recipe of pretraining: for all, then by data set, then for probes.

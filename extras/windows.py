@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
 from data import SPLITS, centre_crop, decode, find_videos, resize_crop
-from extras.evaluate import finite, share_of, told
+from extras.evaluate import clip_of, finite, share_of, told
 from extras.reader import VideoError, all_frames, frame_times, nearest, opened, to_rgb
 from extras.run import (DEVICE, RANK, WORLD, claim, draft_of, gather, gather_dict, launch, log,
                         progress, set_up, start_worker, write_json)
 from sigma import UserError, load_encoder, read_checkpoint
-from train import DEFAULTS, FLAGS, at_least, check_clip, clip_of, locate, parser_with
+from train import DEFAULTS, FLAGS, at_least, check_clip, locate, parser_with
 
 
 class Windows(IterableDataset):
