@@ -239,7 +239,7 @@ class Teacher(nn.Module):
             raise UserError(f"the teacher is {self.dim} wide, which heads of 64 do not divide")
         vit = Encoder(dim=self.dim, depth=depth_of(weights, "blocks"),
                       heads=16 if self.dim == 1280 else self.dim // 64, tube=patch)
-        self.vit = fill(vit, weights, "the teacher's file").requires_grad_(False)
+        self.vit = fill(vit, weights, "the teacher (after dino_weights?)").requires_grad_(False)
         self.register_buffer("tokens", torch.cat([token + first, registers], dim=1))  # 1 R E
         side = math.isqrt(position.shape[1])
         self.register_buffer("position", rearrange(position, "1 (h w) e -> 1 e h w", h=side))
