@@ -28,8 +28,8 @@ import data
 import sigma
 import train
 from data import decode, find_videos, normalise
-from extras import (bench, check, curves, features, finetune, motion, pictures, reader, segment,
-                    videos, weights, windows)
+from extras import (augment, bench, check, curves, features, finetune, motion, pictures, reader,
+                    segment, videos, weights, windows)
 from extras import sinkhorn as sinkhorn_script
 from extras import toy as toy_set
 from extras.finetune import Classifier
@@ -329,12 +329,12 @@ class TestFineTuning:
 
     def test_erased_boxes_have_noise_of_their_own_in_each_frame(self, monkeypatch):
         """A quarter of the clips lose a box, the same one in all frames."""
-        monkeypatch.setattr(finetune.v2, "RandAugment", lambda *_, **__: finetune.v2.Identity())
-        monkeypatch.setattr(finetune.v2, "MixUp", lambda **_: lambda video, labels: (video, labels))
-        monkeypatch.setattr(finetune.v2, "CutMix", finetune.v2.MixUp)
+        monkeypatch.setattr(augment.v2, "RandAugment", lambda *_, **__: augment.v2.Identity())
+        monkeypatch.setattr(augment.v2, "MixUp", lambda **_: lambda video, labels: (video, labels))
+        monkeypatch.setattr(augment.v2, "CutMix", augment.v2.MixUp)
         torch.manual_seed(0)
         still = torch.full((400, 3, 3, 16, 16), 128).byte()
-        video, _ = finetune.augment(still, torch.zeros(400).long(), 2, flip=False)
+        video, _ = augment.augment(still, torch.zeros(400).long(), 2, flip=False)
         changed = (video != normalise(still, "cpu")[0, :, :1, :1, :1]).isfinite() & (
             (video - normalise(still, "cpu")).abs() > 1e-3)
         erased = changed.flatten(1).any(dim=1)
@@ -347,21 +347,21 @@ class TestFineTuning:
         """A still one stays still, but for the noise that erases; mirrored only if asked."""
         still = torch.randint(256, (6, 3, 1, 16, 16)).byte().expand(-1, -1, 4, -1, -1)
         with monkeypatch.context() as without:
-            without.setattr(finetune.v2, "RandomErasing", lambda *_, **__: finetune.v2.Identity())
+            without.setattr(augment.v2, "RandomErasing", lambda *_, **__: augment.v2.Identity())
             for _ in range(20):
-                video, _ = finetune.augment(still, torch.arange(6), 7, flip=True)
+                video, _ = augment.augment(still, torch.arange(6), 7, flip=True)
                 assert torch.allclose(video, video[:, :, :1].expand_as(video))
-        monkeypatch.setattr(finetune.v2, "RandAugment", lambda *_, **__: finetune.v2.Identity())
+        monkeypatch.setattr(augment.v2, "RandAugment", lambda *_, **__: augment.v2.Identity())
         ramp = torch.arange(32).mul(8).byte().expand(32, 3, 2, 32, 32)  # brighter to the right
         for flip in (False, True):
-            columns = finetune.augment(ramp, torch.arange(32) % 4, 4, flip)[0].mean(dim=(1, 2, 3))
+            columns = augment.augment(ramp, torch.arange(32) % 4, 4, flip)[0].mean(dim=(1, 2, 3))
             assert (columns[:, 24:].sum(1) > columns[:, :8].sum(1)).all() == (not flip)
 
     @pytest.mark.parametrize("labels", [[0, 2], [[1, 1, 0, 0], [0, 0, 1, 0]]])  # one, several
     def test_mixing_gives_each_clip_s_labels_its_share(self, labels):
         labels, clips = torch.tensor(labels), torch.zeros(2, 3, 2, 8, 8).byte()
         one, two = labels if labels.ndim == 2 else F.one_hot(labels, 4)
-        shares = torch.stack([finetune.augment(clips, labels, 4, flip=False)[1] for _ in range(20)])
+        shares = torch.stack([augment.augment(clips, labels, 4, flip=False)[1] for _ in range(20)])
         share = shares[..., :1]  # of the first clip; the rest is the second's
         assert torch.allclose(shares, share * one + (1 - share) * two)
         assert shares.min() >= 0 and ((share > 0.1) & (share < 0.9)).any()
@@ -418,22 +418,22 @@ class TestFineTuning:
 
     def test_frames_and_crops_to_train_and_to_test_on(self):
         for n in range(65, 365, 3):
-            one, two = (finetune.dense_frames(n, 16, 4, data.seeded(n)) for _ in range(2))
+            one, two = (augment.dense_frames(n, 16, 4, data.seeded(n)) for _ in range(2))
             assert one == two == [min(int(one[0] + i * 64 / 15), one[0] + 63) for i in range(16)]
-            parts = [index // 3 for index in finetune.segment_frames(50, 16, 2, data.seeded(n))]
+            parts = [index // 3 for index in augment.segment_frames(50, 16, 2, data.seeded(n))]
             assert parts == list(range(16))
-        assert finetune.dense_frames(30, 16, 4) == [0, 5, 10, 15, 20, 25] + [29] * 10
-        assert finetune.segment_frames(4, 16, 2) == sorted([0, 1, 2, 3] * 4)
+        assert augment.dense_frames(30, 16, 4) == [0, 5, 10, 15, 20, 25] + [29] * 10
+        assert augment.segment_frames(4, 16, 2) == sorted([0, 1, 2, 3] * 4)
         areas = [height * width / 48 / 64 for _, _, height, width in (
-            finetune.random_crop(48, 64, data.seeded(seed)) for seed in range(200))]
+            augment.random_crop(48, 64, data.seeded(seed)) for seed in range(200))]
         assert 0.07 < min(areas) < 0.2 < 0.8 < max(areas) <= 1
-        dense = finetune.view_frames(300, 16, 4, 5, "dense")  # every 4th: 75 frames
+        dense = augment.view_frames(300, 16, 4, 5, "dense")  # every 4th: 75 frames
         assert [view[0] // 4 for view in dense] == [int(c * (75 - 16) / 4) for c in range(5)]
-        assert finetune.view_frames(20, 16, 4, 5, "dense") == [[0, 4, 8, 12] + [16] * 12] * 5
-        assert finetune.view_frames(9, 3, 2, 2, "segments") == [[0, 3, 6], [1, 4, 7]]
+        assert augment.view_frames(20, 16, 4, 5, "dense") == [[0, 4, 8, 12] + [16] * 12] * 5
+        assert augment.view_frames(9, 3, 2, 2, "segments") == [[0, 3, 6], [1, 4, 7]]
         chosen = [[0, 2, 4, 6], [1, 1, 1, 1]]
         write_frames("v.mp4", NOISE)
-        views, *_ = finetune.Views([("v.mp4", 0)], frames=4, stride=2, size=24, tube=(2, 8, 8),
+        views, *_ = augment.Views([("v.mp4", 0)], frames=4, stride=2, size=24, tube=(2, 8, 8),
                                    repeat=6, choose=lambda *_: chosen)[0, 0]
         clips = torch.stack(decode("v.mp4", lambda n: chosen)).transpose(1, 2)
         clips = data.transform.resize(clips, [24], antialias=False)  # 2 3 4 24 32
