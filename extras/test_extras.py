@@ -785,6 +785,12 @@ class TestWeights:
             assert word in capsys.readouterr().err
         assert not Path("harm").exists() and not Path("ours.pt").exists()
 
+    def test_safetensors_may_be_read_by_whom_the_umask_lets(self):
+        pytest.importorskip("safetensors")
+        write_hugging_face("pixel")
+        Path("mine").touch()
+        assert Path("hf/model.safetensors").stat().st_mode == Path("mine").stat().st_mode
+
 
 class TestBench:
     @pytest.fixture
