@@ -8,7 +8,7 @@ import struct
 import subprocess
 import sys
 from fractions import Fraction
-from itertools import islice
+from itertools import islice, permutations
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -28,8 +28,8 @@ import data
 import sigma
 import train
 from data import decode, find_videos, normalise
-from extras import (augment, bench, check, curves, features, finetune, motion, pictures, reader,
-                    segment, videos, weights, windows)
+from extras import (augment, bench, check, clusters, curves, features, finetune, motion, pictures,
+                    reader, segment, videos, weights, windows)
 from extras import sinkhorn as sinkhorn_script
 from extras import toy as toy_set
 from extras.finetune import Classifier
@@ -1129,21 +1129,21 @@ class TestSegment:
         true = SQUARES.expand(2, 48, 48)
         tokens = F.one_hot(true[:, ::8, ::8], 16).float()  # a token for 8 x 8 pixels
         tokens += 0.2 * torch.randn(tokens.shape, generator=data.seeded(0))
-        found = segment.maps(tokens, 3, argparse.Namespace(restarts=5, size=48), data.seeded(0))
+        found = clusters.maps(tokens, 3, 48, 5, data.seeded(0))
         found = found[:, 4::8, 4::8].repeat_interleave(8, 1).repeat_interleave(8, 2)
         for order in ([0, 1, 2], [2, 0, 1]):  # the numbers mean nothing
             renamed = torch.tensor(order)[true]
-            assert torch.equal(segment.clustering(found, renamed, 3), renamed)
+            assert torch.equal(clusters.clustering(found, renamed, 3), renamed)
 
     def test_a_small_example_by_hand(self):
         true = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2])
-        found = segment.clustering(torch.tensor([1, 1, 1, 2, 2, 2, 0, 2]), true, 3)
-        _, ious = segment.compare(found, true, 3, 3)
+        found = clusters.clustering(torch.tensor([1, 1, 1, 2, 2, 2, 0, 2]), true, 3)
+        _, ious = clusters.compare(found, true, 3, 3)
         assert ious.diagonal().tolist() == pytest.approx([3 / 4, 2 / 4, 1 / 2])
         over = torch.tensor([3, 3, 4, 4, 0, 1, 2, 2])
-        assert torch.equal(segment.overclustering(over, true, 5, 3), true)
+        assert torch.equal(clusters.overclustering(over, true, 5, 3), true)
         greedy = torch.tensor([[0.9, 0.8], [0.8, 0.0]])  # the best pair alone is not the best sum
-        assert segment.match(greedy) == [1, 0]
+        assert clusters.match(greedy) == [1, 0]
 
     def test_videos_of_any_length_and_missing_segments(self, toy):
         """One object leaves; frames without annotation; two processes give what one gives."""
@@ -1167,6 +1167,20 @@ class TestSegment:
         assert run(segment, "--root", ".", "--init", "run", "--out", "trained") == 0
         trained = read_json("trained")["args"]  # clips like those of the run
         assert (trained["frames"], trained["size"]) == (8, 32)
+
+    def test_many_grey_segments_are_not_taken_for_soft_edges(self):
+        """20 numbers and void are segments; a grey edge of an object of 255 is none."""
+        many = torch.arange(48 * 48).view(48, 48) % 21
+        write_png("many.png", torch.where(many == 0, 255, many), "gray")
+        write_png("soft.png", torch.where(SQUARES == 2, 127, (SQUARES == 1) * 255), "gray")
+        assert torch.equal(segment.read_masks({"a": "many.png"})["a"], many)
+        assert torch.equal(segment.read_masks({"a": "soft.png"})["a"], (SQUARES == 1).long())
+
+    def test_matching_is_the_best_of_all_orders(self):
+        for n in range(1, 6):
+            scores = torch.rand(n, n, generator=data.seeded(n))
+            best = max(permutations(range(n)), key=lambda order: scores[order, range(n)].sum())
+            assert clusters.match(scores) == list(best)
 
 
 class TestPages:
