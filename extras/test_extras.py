@@ -652,6 +652,16 @@ class TestVideos:
         with pytest.raises(TypeError):
             run(videos, "prepare", "a", "b", "--workers", 0)
 
+    def test_prepare_removes_what_a_killed_process_left_in_any_folder(self):
+        put({"x/1.mp4": 30}, "a")
+        put({"x/1.mp4.0123abcd.unfinished": "half a video"}, "b")
+        assert run(videos, "prepare", "a", "b", "--workers", 0) == 0
+        assert os.listdir("b/x") == ["1.mp4"]
+
+    def test_the_help_of_lists_shows_the_layouts(self, capsys):
+        assert run(videos, "lists", "--help") == 0
+        assert "classInd" in capsys.readouterr().out
+
 
 HUGGING_FACE = {  # parts of our names and theirs
     "encoder.patch_embed.proj": "videomae.embeddings.patch_embeddings.projection",
