@@ -29,7 +29,7 @@ import sigma
 import train
 from data import decode, find_videos, normalise
 from extras import (augment, bench, check, clusters, curves, features, finetune, motion, pictures,
-                    reader, segment, videos, weights, windows)
+                    reader, segment, step, videos, weights, windows)
 from extras import sinkhorn as sinkhorn_script
 from extras import toy as toy_set
 from extras.finetune import Classifier
@@ -831,7 +831,7 @@ class TestBench:
     def test_memory_is_counted_without_computing(self):
         """The weights are 4 bytes each, Adam's state 8; a clip more takes more."""
         args = argparse.Namespace(data="toy", target="mlp", amp="off")
-        one, two, four = (bench.count_memory(args, "tiny", n) for n in (8, 16, 32))
+        one, two, four = (step.count_memory(args, "tiny", n) for n in (8, 16, 32))
         weights = 4 * sum(p.numel() for p in build_model("tiny").parameters())
         assert one["Parameter"] == pytest.approx(weights, rel=0.01)
         assert one["Optstate"] == pytest.approx(2 * weights, rel=0.01)
