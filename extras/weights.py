@@ -10,7 +10,6 @@ not at all. export takes such a file or a run. For hf it writes a folder that fr
 pipelines read, with the encoder alone if the target is neither pixels nor classes.
 """
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
