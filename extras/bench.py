@@ -15,8 +15,6 @@ import resource
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
-from unittest.mock import patch
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,14 +24,18 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
 from data import Clips, find_videos, normalise
 from extras.run import AMP, DEVICE, GPU, launch, set_up, write_json
-from extras.toy import random_dino
-from sigma import (DINO_WIDTHS, SIGMA, SIZES, Teacher, UserError, sinkhorn, sizes_for, split_mask,
-                   symmetric_loss, tube_mask)
-from train import locate, make_optimizer, parser_with, set_blocks, settings_for
+from extras.step import DTYPES, count_memory, random_mask, recompute, training_step
+from sigma import SIZES, UserError, sinkhorn, sizes_for, symmetric_loss
+from train import FLAGS, locate, parser_with, settings_for
 
 VIDEOS = {"k400": 241_000, "ssv2": 168_913, "ucf101": 9_537, "hmdb51": 3_570, "toy": 8_192}
 SIDE = 8192 if GPU else 4096  # of the matrices whose product steps are compared with
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
+HELP = {  # what flags of train.py mean here
+    "data": "the recipe to time, and its videos: k400 (default), ssv2, ucf101, hmdb51, toy, a "
+            "folder or a list",
+    "model": "size (default: base, for toy tiny; with --memory all)",
+    "batch-size": "clips of a step (default: the recipe's for one GPU)",
+    "amp": f"autocast (default: {AMP}, with --memory bf16)"}
 
 
 def seconds(work):
@@ -50,44 +52,14 @@ def peak_memory():
     return peak if sys.platform == "darwin" else 1024 * peak  # bytes on macOS, KiB on Linux
 
 
-def training_step(args, name, batch, device=DEVICE):
-    """model, teacher (or None), optimizer, random clips as video (uint8) and mask, in the recipe of
-    --data; and step(n), which trains on n of the clips."""
-    own, sizes = settings_for(args.data, name), sizes_for(name, args.target)
-    frames, size, (p, q, r) = own["frames"], own["size"], sizes["tube"]
-    video = torch.randint(256, (batch, 3, frames, size, size), dtype=torch.uint8)
-    video = video.pin_memory() if device.type == "cuda" else video
-    mask = tube_mask(batch, (frames // p, size // q, size // r), own["ratio"])
-    with device:
-        model, teacher = SIGMA(**sizes), None
-        if args.target in DINO_WIDTHS:
-            teacher = Teacher(random_dino(sizes["target_dim"]), sizes["tube"])
-    optimizer = make_optimizer(model)
-
-    def step(n=batch):
-        x = normalise(video[:n], device)
-        with torch.autocast(device.type, DTYPES[args.amp], enabled=args.amp != "off"):
-            loss, _ = model(x, mask[:n], teacher(x) if teacher else None)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return SimpleNamespace(model=model, teacher=teacher, optimizer=optimizer, video=video,
-                           mask=mask, step=step)
-
-
-def recompute(model, name, compiled=False):
-    """As train.py does it: the blocks of large sizes keep no activations."""
-    set_blocks([*model.encoder.blocks, *model.decoder.blocks], name in ("large", "huge"), compiled)
-
-
 # --- Speed ----------------------------------------------------------------------------------------
 
 def measure(args, name, batch):
     """Figures of a training step on random clips, by name: clips a second, FLOP of a clip, FLOP/s
     of a matrix product and the step's share of them, peak memory in bytes; the teacher's share of
     the step's time; and those of `measure_sinkhorn`."""
-    trained = training_step(args, name, batch)
+    mask = random_mask(args, name, batch)
+    trained = training_step(args, name, mask)
     model, teacher, step = trained.model, trained.teacher, trained.step
     # Fused attention is not counted on a CPU; recomputed blocks would count twice.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -102,7 +74,7 @@ def measure(args, name, batch):
     if teacher:
         found["teacher"] = seconds(lambda: teacher(normalise(trained.video, DEVICE))) / spent
     if hasattr(model, "prototypes"):
-        found |= measure_sinkhorn(int(trained.mask.sum()), len(model.prototypes), spent)
+        found |= measure_sinkhorn(int(mask.sum()), len(model.prototypes), spent)
     return found
 
 
@@ -192,33 +164,6 @@ def bench(args):
 
 # --- Memory ---------------------------------------------------------------------------------------
 
-def count_memory(args, name, batch):
-    """Bytes of a training step when it needs most, by kind as MemTracker names them, and "Total".
-    Nothing is computed: the tensors have shapes, but no data."""
-    from torch._subclasses.fake_tensor import FakeTensorMode  # private: they may move
-    from torch.distributed._tools.mem_tracker import MemTracker
-
-    own, (p, q, r) = settings_for(args.data, name), sizes_for(name)["tube"]
-    grid = own["frames"] // p, own["size"] // q, own["size"] // r
-    index = split_mask(tube_mask(batch, grid, own["ratio"]))  # a real one: its numbers are read
-    with (FakeTensorMode(allow_non_fake_inputs=True), patch("torch.nn.init.trunc_normal_"),
-          patch("sigma.split_mask", lambda *_: [torch.zeros_like(x) for x in index])):
-        trained = training_step(args, name, batch, torch.device("cpu"))
-        recompute(trained.model, name)
-        for weight in trained.model.parameters():  # Adam's state is there from the first step on
-            weight.grad = torch.zeros_like(weight)
-        trained.optimizer.step()
-        trained.optimizer.zero_grad()
-        tracker = MemTracker()
-        tracker.track_external(trained.model, trained.optimizer, trained.video)
-        with tracker:
-            trained.step()
-    peak, found = tracker.get_tracker_snapshot("peak"), {}
-    for kind, number in (pair for kinds in peak.values() for pair in kinds.items()):
-        found[str(getattr(kind, "value", kind))] = found.get(kind, 0) + number
-    return found
-
-
 def show_memory(args):
     """Prints the peak memory of a step of each size, in Markdown; writes it to --out."""
     found = {}
@@ -237,11 +182,14 @@ def show_memory(args):
 
 
 def main(argv=None):
-    parser = parser_with(__doc__, "data", "root", "model", "target", "batch-size", "amp", "compile")
-    parser.add_argument("--memory", action="store_true", help="count the peak memory of each size, "
-                        "or of --model, with --amp bf16 if no other is given")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON, too")
-    parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)  # as it was
+    """One run, from the flags to the figures."""
+    parser = parser_with(__doc__, "root", "target", "compile")
+    add = parser.add_argument
+    for name, meaning in HELP.items():
+        add(f"--{name}", **FLAGS[name] | {"help": meaning})
+    add("--memory", action="store_true", help="count the peak memory of a step, measure nothing")
+    add("--out", type=Path, metavar="FILE", help="write the figures as JSON, too")
+    add("--check", action="store_true", help=argparse.SUPPRESS)  # as it was
     parser.set_defaults(data="k400", amp=None)
     args = parser.parse_args(argv)
     if args.check:

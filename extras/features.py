@@ -23,11 +23,20 @@ from extras.run import DEVICE, RANK, launch, log, save_atomically, set_up, write
 from sigma import UserError, load_encoder, read_checkpoint
 from train import DEFAULTS, FLAGS, check_clip, locate, parser_with
 
+HELP = {  # what flags of train.py mean here
+    "val": "with --knn: labelled videos to test on (default: val or test of --data)",
+    "frames": "frames of a clip (default: as in the run of --init)",
+    "stride": "video frames from one frame of a clip to the next (default: the same)",
+    "size": "height and width of a clip, pixels (default: the same)",
+    "workers": "loader processes of each process (default: 0)"}
+
 
 def parse(argv):
     """The flags, and the file to write."""
-    parser = parser_with(__doc__, *"data root val frames stride size amp workers out".split())
+    parser = parser_with(__doc__, *"data root amp out".split())
     add = parser.add_argument
+    for name, meaning in HELP.items():
+        add(f"--{name}", **FLAGS[name] | {"help": meaning})
     add("--init", required=True, **FLAGS["init"])
     add("--split", choices=SPLITS, default="train", help="default: train, or the folder itself")
     add("--knn", action="store_true", help="k-NN of held-out videos, no file of features")

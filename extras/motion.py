@@ -15,9 +15,11 @@ and FFmpeg tells none of MPEG-4's.) A tube counts as still if it has no vectors,
 and in codecs that export none (VP9, AV1, HEVC). The median over its area and several frames helps.
 """
 import math
+import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherev
 import train
 from data import Clips, collate, decode, find_videos, resize_crop
 from extras.reader import VideoError
-from extras.run import launch, log
+from extras.run import draft_of, launch, log
 from sigma import UserError, tube_mask
 
 CELL = 8  # pixels of a field's cell; the blocks of most files are as large or larger
@@ -173,8 +175,11 @@ def motion_clips(videos, **options):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    parser = train.parser_with(__doc__, "data", "root")
-    parser.add_argument("--out", default="motion.png", help="the picture (default: motion.png)")
+    parser = train.parser_with(__doc__, "root")
+    add = parser.add_argument
+    add("--data", **train.FLAGS["data"] | {"help": "the videos to try: k400, ssv2, ucf101, hmdb51, "
+        "toy (default), a folder or a list"})
+    add("--out", default="motion.png", help="the picture (default: motion.png)")
     commands = parser.add_subparsers(dest="command", metavar="train")
     commands.add_parser("train", add_help=False, help="pretrain with such masks; all after it are "
                         "flags of train.py, --help too")
@@ -198,7 +203,10 @@ def main(argv=None):
     veiled = video.float().lerp(torch.tensor(128.0), 0.85 * hidden)
     rows = rearrange([video.float(), veiled], "k n c t h w -> (n k) t c h w")[:, ::tube[0]]
     rows = F.interpolate(rows.flatten(0, 1), scale_factor=max(1, 128 // clips.size))
-    save_image(rows / 255, args.out, nrow=clips.grid[0], pad_value=1)
+    with TemporaryDirectory() as folder, draft_of(args.out) as draft:
+        picture = Path(folder, Path(args.out).name)  # whose suffix tells the format
+        save_image(rows / 255, picture, nrow=clips.grid[0], pad_value=1)
+        shutil.copyfile(picture, draft)
     print(f"wrote {args.out}: clips, and below each what its mask leaves visible")
 
 

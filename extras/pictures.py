@@ -8,8 +8,10 @@ of tubes for each. clusters.png and .mp4: each place's prototype, dark where the
 Curves of runs: python extras/curves.py
 """
 import argparse
+import shutil
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +20,11 @@ from torchvision.utils import draw_bounding_boxes, save_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
 from data import SPLITS, Clips, centre_crop, centre_frames, collate, find_videos, normalise
-from extras.evaluate import collect, make_teacher
-from extras.run import DEVICE, launch
+from extras.evaluate import clip_of, collect, make_teacher
+from extras.run import DEVICE, draft_of, launch
 from extras.toy import write_video
 from sigma import DINO_WIDTHS, UserError, load_model, read_checkpoint, standardise, take_tubes
-from train import locate, parser_with, settings_for
+from train import FLAGS, check_clip, locate, parser_with, settings_for
 
 
 def slide(video, tube, forward):
@@ -44,13 +46,19 @@ def colour(x):
     return (0.5 + parts / 4).clamp(0, 1).cpu() * 255
 
 
+def write_image(path, images, columns):
+    """Writes a table of images (n, 3, H, W), 0 to 255, as PNG: complete, or not there."""
+    with draft_of(path) as draft:
+        save_image(images / 255, draft, format="png", nrow=columns, pad_value=1)
+
+
 def paint(path, video, maps, side=128):
     """Writes frames of clips (B, 3, T, S, S) as PNG, `side` pixels high, and below them their maps
     (B, t, h, w, 3). Returns all frames as a video (T, B * side, 2 * side, 3) uint8."""
     maps = F.interpolate(maps.movedim(-1, 1).float(), video.shape[2:])
     both = F.interpolate(torch.cat([video, maps]), (video.shape[2], side, side), mode="area")
     rows = rearrange(both[:, :, ::-(-both.shape[2] // 8)], "(n b) c t h w -> (b n) t c h w", n=2)
-    save_image(rows.flatten(0, 1) / 255, path, nrow=rows.shape[1], pad_value=1)
+    write_image(path, rows.flatten(0, 1), rows.shape[1])
     return rearrange(both.byte(), "(n b) c t h w -> t (b h) (n w) c", n=2)
 
 
@@ -80,7 +88,7 @@ def show_prototypes(path, clips, looks, prototypes, tube):
         nearest, place = cosine.masked_fill(number != k, -torch.inf).max(dim=1)
         rows += [frame_tube(clips[0, i][0][0], place[i], tube) for i in nearest.topk(n)[1].tolist()]
     if rows:
-        save_image(torch.stack(rows) / 255, path, nrow=n, pad_value=1)
+        write_image(path, torch.stack(rows), n)
 
 
 @torch.no_grad()
@@ -108,35 +116,46 @@ def show(model, clips, teacher, out, workers):
     contrast, number, _ = slide(normal, tube, look).unbind(dim=-1)
     shade = (contrast / contrast.quantile(0.75)).clamp(0, 1)[..., None]
     painted = paint(out / "clusters.png", video, colour(model.prototypes)[number.long()] * shade)
-    write_video(out / "clusters.mp4", painted)
+    with TemporaryDirectory() as folder, draft_of(out / "clusters.mp4") as draft:
+        write_video(Path(folder, "all.mp4"), painted)  # whose suffix tells it the format
+        shutil.copyfile(Path(folder, "all.mp4"), draft)
     print(f"wrote masks, components, prototypes and clusters to {out}")
 
 
-def main(argv=None):
-    """Pictures of a checkpoint, on the videos of its run or others."""
-    parser = parser_with(__doc__, "data", "root", "teacher")
-    parser.set_defaults(data=None)  # the run's
+def parse(argv):
+    """The flags."""
+    parser = parser_with(__doc__, "root")
     add = parser.add_argument
     add("checkpoint", type=Path, nargs="?", help="of pretraining: a file, or a run's folder")
+    add("--data", help=f"{FLAGS['data']['help']} (default: the run's)")
     add("--split", default="train", help="train (default), val or test")
+    add("--teacher", **FLAGS["teacher"] | {"help": "weights of a DINO target's teacher (default: "
+        "the run's, or DINO's, downloaded once)"})
     add("--curves", nargs="*", help=argparse.SUPPRESS)  # as it was
     add("--out", type=Path, help="folder to write to (default: the checkpoint's)")
     args = parser.parse_args(argv)
     if args.curves is not None or not args.checkpoint:
         parser.error("give a checkpoint; curves of runs are drawn by: python extras/curves.py")
+    return args
+
+
+def main(argv=None):
+    """Pictures of a checkpoint, on the videos of its run or others."""
+    args = parse(argv)
     content, model = read_checkpoint(args.checkpoint), load_model(args.checkpoint).to(DEVICE).eval()
-    run = settings_for("k400", "base") | content.get("args", {})
+    run = settings_for("k400", "base") | content.get("args", {}) | clip_of(content)
     data = args.data or (not args.root and run.get("root")) or run.get("data", "k400")
     videos, *_ = find_videos(locate(data, args.root),
                              SPLITS["train"] if args.split == "train" else (args.split,))
     if not videos:
         raise UserError(f"there are no {args.split} videos in {data}")
     videos = videos[::-(-len(videos) // 1024)]
+    check_clip(run["frames"], run["size"], model.encoder.tube)
     clips = Clips(videos, **{name: run[name] for name in ("frames", "stride", "size", "ratio")},
                   tube=model.encoder.tube, choose=centre_frames, crop=centre_crop, tries=1)
-    flags = argparse.Namespace(target=model.target, teacher=args.teacher or run.get("teacher"))
     teacher = None
     if model.target in DINO_WIDTHS:
+        flags = argparse.Namespace(target=model.target, teacher=args.teacher or run.get("teacher"))
         teacher = make_teacher(flags, model.encoder.tube).to(DEVICE)
     out = args.out or (args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent)
     out.mkdir(parents=True, exist_ok=True)

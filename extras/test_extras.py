@@ -8,7 +8,7 @@ import struct
 import subprocess
 import sys
 from fractions import Fraction
-from itertools import islice
+from itertools import islice, permutations
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -28,8 +28,8 @@ import data
 import sigma
 import train
 from data import decode, find_videos, normalise
-from extras import (bench, check, curves, features, finetune, motion, pictures, reader, segment,
-                    videos, weights, windows)
+from extras import (augment, bench, check, clusters, curves, features, finetune, motion, pictures,
+                    reader, segment, step, videos, weights, windows)
 from extras import sinkhorn as sinkhorn_script
 from extras import toy as toy_set
 from extras.finetune import Classifier
@@ -329,12 +329,12 @@ class TestFineTuning:
 
     def test_erased_boxes_have_noise_of_their_own_in_each_frame(self, monkeypatch):
         """A quarter of the clips lose a box, the same one in all frames."""
-        monkeypatch.setattr(finetune.v2, "RandAugment", lambda *_, **__: finetune.v2.Identity())
-        monkeypatch.setattr(finetune.v2, "MixUp", lambda **_: lambda video, labels: (video, labels))
-        monkeypatch.setattr(finetune.v2, "CutMix", finetune.v2.MixUp)
+        monkeypatch.setattr(augment.v2, "RandAugment", lambda *_, **__: augment.v2.Identity())
+        monkeypatch.setattr(augment.v2, "MixUp", lambda **_: lambda video, labels: (video, labels))
+        monkeypatch.setattr(augment.v2, "CutMix", augment.v2.MixUp)
         torch.manual_seed(0)
         still = torch.full((400, 3, 3, 16, 16), 128).byte()
-        video, _ = finetune.augment(still, torch.zeros(400).long(), 2, flip=False)
+        video, _ = augment.augment(still, torch.zeros(400).long(), 2, flip=False)
         changed = (video != normalise(still, "cpu")[0, :, :1, :1, :1]).isfinite() & (
             (video - normalise(still, "cpu")).abs() > 1e-3)
         erased = changed.flatten(1).any(dim=1)
@@ -347,21 +347,21 @@ class TestFineTuning:
         """A still one stays still, but for the noise that erases; mirrored only if asked."""
         still = torch.randint(256, (6, 3, 1, 16, 16)).byte().expand(-1, -1, 4, -1, -1)
         with monkeypatch.context() as without:
-            without.setattr(finetune.v2, "RandomErasing", lambda *_, **__: finetune.v2.Identity())
+            without.setattr(augment.v2, "RandomErasing", lambda *_, **__: augment.v2.Identity())
             for _ in range(20):
-                video, _ = finetune.augment(still, torch.arange(6), 7, flip=True)
+                video, _ = augment.augment(still, torch.arange(6), 7, flip=True)
                 assert torch.allclose(video, video[:, :, :1].expand_as(video))
-        monkeypatch.setattr(finetune.v2, "RandAugment", lambda *_, **__: finetune.v2.Identity())
+        monkeypatch.setattr(augment.v2, "RandAugment", lambda *_, **__: augment.v2.Identity())
         ramp = torch.arange(32).mul(8).byte().expand(32, 3, 2, 32, 32)  # brighter to the right
         for flip in (False, True):
-            columns = finetune.augment(ramp, torch.arange(32) % 4, 4, flip)[0].mean(dim=(1, 2, 3))
+            columns = augment.augment(ramp, torch.arange(32) % 4, 4, flip)[0].mean(dim=(1, 2, 3))
             assert (columns[:, 24:].sum(1) > columns[:, :8].sum(1)).all() == (not flip)
 
     @pytest.mark.parametrize("labels", [[0, 2], [[1, 1, 0, 0], [0, 0, 1, 0]]])  # one, several
     def test_mixing_gives_each_clip_s_labels_its_share(self, labels):
         labels, clips = torch.tensor(labels), torch.zeros(2, 3, 2, 8, 8).byte()
         one, two = labels if labels.ndim == 2 else F.one_hot(labels, 4)
-        shares = torch.stack([finetune.augment(clips, labels, 4, flip=False)[1] for _ in range(20)])
+        shares = torch.stack([augment.augment(clips, labels, 4, flip=False)[1] for _ in range(20)])
         share = shares[..., :1]  # of the first clip; the rest is the second's
         assert torch.allclose(shares, share * one + (1 - share) * two)
         assert shares.min() >= 0 and ((share > 0.1) & (share < 0.9)).any()
@@ -418,22 +418,22 @@ class TestFineTuning:
 
     def test_frames_and_crops_to_train_and_to_test_on(self):
         for n in range(65, 365, 3):
-            one, two = (finetune.dense_frames(n, 16, 4, data.seeded(n)) for _ in range(2))
+            one, two = (augment.dense_frames(n, 16, 4, data.seeded(n)) for _ in range(2))
             assert one == two == [min(int(one[0] + i * 64 / 15), one[0] + 63) for i in range(16)]
-            parts = [index // 3 for index in finetune.segment_frames(50, 16, 2, data.seeded(n))]
+            parts = [index // 3 for index in augment.segment_frames(50, 16, 2, data.seeded(n))]
             assert parts == list(range(16))
-        assert finetune.dense_frames(30, 16, 4) == [0, 5, 10, 15, 20, 25] + [29] * 10
-        assert finetune.segment_frames(4, 16, 2) == sorted([0, 1, 2, 3] * 4)
+        assert augment.dense_frames(30, 16, 4) == [0, 5, 10, 15, 20, 25] + [29] * 10
+        assert augment.segment_frames(4, 16, 2) == sorted([0, 1, 2, 3] * 4)
         areas = [height * width / 48 / 64 for _, _, height, width in (
-            finetune.random_crop(48, 64, data.seeded(seed)) for seed in range(200))]
+            augment.random_crop(48, 64, data.seeded(seed)) for seed in range(200))]
         assert 0.07 < min(areas) < 0.2 < 0.8 < max(areas) <= 1
-        dense = finetune.view_frames(300, 16, 4, 5, "dense")  # every 4th: 75 frames
+        dense = augment.view_frames(300, 16, 4, 5, "dense")  # every 4th: 75 frames
         assert [view[0] // 4 for view in dense] == [int(c * (75 - 16) / 4) for c in range(5)]
-        assert finetune.view_frames(20, 16, 4, 5, "dense") == [[0, 4, 8, 12] + [16] * 12] * 5
-        assert finetune.view_frames(9, 3, 2, 2, "segments") == [[0, 3, 6], [1, 4, 7]]
+        assert augment.view_frames(20, 16, 4, 5, "dense") == [[0, 4, 8, 12] + [16] * 12] * 5
+        assert augment.view_frames(9, 3, 2, 2, "segments") == [[0, 3, 6], [1, 4, 7]]
         chosen = [[0, 2, 4, 6], [1, 1, 1, 1]]
         write_frames("v.mp4", NOISE)
-        views, *_ = finetune.Views([("v.mp4", 0)], frames=4, stride=2, size=24, tube=(2, 8, 8),
+        views, *_ = augment.Views([("v.mp4", 0)], frames=4, stride=2, size=24, tube=(2, 8, 8),
                                    repeat=6, choose=lambda *_: chosen)[0, 0]
         clips = torch.stack(decode("v.mp4", lambda n: chosen)).transpose(1, 2)
         clips = data.transform.resize(clips, [24], antialias=False)  # 2 3 4 24 32
@@ -652,6 +652,16 @@ class TestVideos:
         with pytest.raises(TypeError):
             run(videos, "prepare", "a", "b", "--workers", 0)
 
+    def test_prepare_removes_what_a_killed_process_left_in_any_folder(self):
+        put({"x/1.mp4": 30}, "a")
+        put({"x/1.mp4.0123abcd.unfinished": "half a video"}, "b")
+        assert run(videos, "prepare", "a", "b", "--workers", 0) == 0
+        assert os.listdir("b/x") == ["1.mp4"]
+
+    def test_the_help_of_lists_shows_the_layouts(self, capsys):
+        assert run(videos, "lists", "--help") == 0
+        assert "classInd" in capsys.readouterr().out
+
 
 HUGGING_FACE = {  # parts of our names and theirs
     "encoder.patch_embed.proj": "videomae.embeddings.patch_embeddings.projection",
@@ -785,6 +795,12 @@ class TestWeights:
             assert word in capsys.readouterr().err
         assert not Path("harm").exists() and not Path("ours.pt").exists()
 
+    def test_safetensors_may_be_read_by_whom_the_umask_lets(self):
+        pytest.importorskip("safetensors")
+        write_hugging_face("pixel")
+        Path("mine").touch()
+        assert Path("hf/model.safetensors").stat().st_mode == Path("mine").stat().st_mode
+
 
 class TestBench:
     @pytest.fixture
@@ -815,7 +831,7 @@ class TestBench:
     def test_memory_is_counted_without_computing(self):
         """The weights are 4 bytes each, Adam's state 8; a clip more takes more."""
         args = argparse.Namespace(data="toy", target="mlp", amp="off")
-        one, two, four = (bench.count_memory(args, "tiny", n) for n in (8, 16, 32))
+        one, two, four = (step.count_memory(args, "tiny", n) for n in (8, 16, 32))
         weights = 4 * sum(p.numel() for p in build_model("tiny").parameters())
         assert one["Parameter"] == pytest.approx(weights, rel=0.01)
         assert one["Optstate"] == pytest.approx(2 * weights, rel=0.01)
@@ -1123,21 +1139,21 @@ class TestSegment:
         true = SQUARES.expand(2, 48, 48)
         tokens = F.one_hot(true[:, ::8, ::8], 16).float()  # a token for 8 x 8 pixels
         tokens += 0.2 * torch.randn(tokens.shape, generator=data.seeded(0))
-        found = segment.maps(tokens, 3, argparse.Namespace(restarts=5, size=48), data.seeded(0))
+        found = clusters.maps(tokens, 3, 48, 5, data.seeded(0))
         found = found[:, 4::8, 4::8].repeat_interleave(8, 1).repeat_interleave(8, 2)
         for order in ([0, 1, 2], [2, 0, 1]):  # the numbers mean nothing
             renamed = torch.tensor(order)[true]
-            assert torch.equal(segment.clustering(found, renamed, 3), renamed)
+            assert torch.equal(clusters.clustering(found, renamed, 3), renamed)
 
     def test_a_small_example_by_hand(self):
         true = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2])
-        found = segment.clustering(torch.tensor([1, 1, 1, 2, 2, 2, 0, 2]), true, 3)
-        _, ious = segment.compare(found, true, 3, 3)
+        found = clusters.clustering(torch.tensor([1, 1, 1, 2, 2, 2, 0, 2]), true, 3)
+        _, ious = clusters.compare(found, true, 3, 3)
         assert ious.diagonal().tolist() == pytest.approx([3 / 4, 2 / 4, 1 / 2])
         over = torch.tensor([3, 3, 4, 4, 0, 1, 2, 2])
-        assert torch.equal(segment.overclustering(over, true, 5, 3), true)
+        assert torch.equal(clusters.overclustering(over, true, 5, 3), true)
         greedy = torch.tensor([[0.9, 0.8], [0.8, 0.0]])  # the best pair alone is not the best sum
-        assert segment.match(greedy) == [1, 0]
+        assert clusters.match(greedy) == [1, 0]
 
     def test_videos_of_any_length_and_missing_segments(self, toy):
         """One object leaves; frames without annotation; two processes give what one gives."""
@@ -1161,6 +1177,21 @@ class TestSegment:
         assert run(segment, "--root", ".", "--init", "run", "--out", "trained") == 0
         trained = read_json("trained")["args"]  # clips like those of the run
         assert (trained["frames"], trained["size"]) == (8, 32)
+
+    def test_many_grey_segments_are_not_taken_for_soft_edges(self):
+        """20 numbers and void are segments; a grey edge of an object of 255 is none."""
+        many = torch.arange(48 * 48).view(48, 48) % 21
+        write_png("many.png", torch.where(many == 0, 255, many), "gray")
+        write_png("soft.png", torch.where(SQUARES == 2, 127, (SQUARES == 1) * 255), "gray")
+        assert torch.equal(segment.read_masks({"a": "many.png"})["a"], many)
+        assert torch.equal(segment.read_masks({"a": "soft.png"})["a"], (SQUARES == 1).long())
+
+    def test_matching_is_the_best_of_all_orders(self):
+        orders = torch.tensor(list(permutations(range(6))))  # 720 6
+        for seed in range(50):
+            scores = torch.rand(6, 6, generator=data.seeded(seed))
+            best = orders[scores[orders, torch.arange(6)].sum(dim=1).argmax()]
+            assert clusters.match(scores) == best.tolist()
 
 
 class TestPages:

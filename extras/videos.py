@@ -4,25 +4,18 @@
     python extras/videos.py check DIR             reads each video whole: out/check-DIR/*.csv
     python extras/videos.py prepare DIR DIR-256   re-encodes, so that training reads it fastest
 
-`lists` knows the tables as downloaded, in DIR or a folder in it, and videos anywhere below. Videos
-that DIR lacks (of Kinetics it always lacks some) are named in missing.txt.
-    k400     *.csv with rows label,youtube_id,time_start,time_end,split; <id>_<start>_<end>.mp4, six
-             digits each. Classes are numbered by name.
-    ssv2     *labels.json, *train.json, *validation.json; <id>.webm
-    ucf101   ucfTrainTestlist/{classInd,trainlist01,testlist01}.txt; <Class>/v_*.avi; --split 1 to 3
-    hmdb51   testTrainMulti_7030_splits/<class>_test_split1.txt; <class>/*.avi; --split 1 to 3
+`lists` knows the tables of k400, ssv2, ucf101 and hmdb51: `lists --help` shows how they must lie.
+Videos that DIR lacks (of Kinetics it always lacks some) are named in missing.txt.
 
 `prepare` writes all frames at their times as H.264: upright, short side 256, a key frame every 32
 frames, B-frames that no other needs, no sound. Folders and names stay, except that all end in .mp4
 (existing lists still work); a.avi beside a.mp4 keeps its name. Lists come along, absolute paths in
 them lead to the new videos. Run the same command again to resume; what is there already stays.
 """
+import argparse
 import csv
 import errno
-import glob
-import json
 import os
-import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -31,7 +24,8 @@ import av
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
-from data import SPLITS, SUFFIXES, decode, find_videos
+from data import SPLITS, SUFFIXES, decode, files_below, find_videos
+from extras import tables
 from extras.reader import REFORMATTER, VideoError, all_frames, opened, quarter_turns
 from extras.run import RunError, claim, draft_of, launch, log
 from extras.toy import in_parallel
@@ -41,62 +35,6 @@ from train import at_least, parser_with
 H264 = {"preset": "veryfast", "crf": "22", "tune": "fastdecode", "g": "32", "keyint_min": "32",
         "sc_threshold": "0", "bf": "3", "x264-params": "b-pyramid=none:b-adapt=0"}
 FULL = "no room is left"
-
-
-def tables(root, pattern):
-    """Tables of that name in root or a folder in it: (name, content), names in any coding."""
-    found = sorted(root.glob(pattern)) + sorted(root.glob(f"*/{pattern}"))
-    if not found:
-        raise UserError(f"{root} has no table {pattern}: see --help for the layout")
-    return [(path.name, path.read_text("utf-8-sig", "surrogateescape")) for path in found]
-
-
-def k400_rows(root, _):
-    """(split, video, label) for each row of a set's tables. video: the name of its file without
-    suffix, for ucf101 and hmdb51 behind its folder's. The number tells which of their splits."""
-    rows = [row for _, table in tables(root, "*.csv") for row in csv.DictReader(table.splitlines())
-            if {"label", "youtube_id"} <= row.keys()]
-    labels = {name: i for i, name in enumerate(sorted({row["label"] for row in rows}))}
-    for row in rows:
-        start, end = int(row["time_start"]), int(row["time_end"])
-        split = row["split"].replace("validate", "val")
-        yield split, f"{row['youtube_id']}_{start:06}_{end:06}", labels[row["label"]]
-
-
-def ssv2_rows(root, _):
-    """As k400_rows."""
-    labels = json.loads(tables(root, "*labels.json")[0][1])
-    for split, pattern in (("train", "*train.json"), ("val", "*validation.json")):
-        for row in json.loads(tables(root, pattern)[0][1]):
-            yield split, row["id"], int(labels[re.sub(r"[][]", "", row["template"])])
-
-
-def ucf101_rows(root, number):
-    """As k400_rows."""
-    words = tables(root, "classInd.txt")[0][1].split()
-    labels = {name: int(i) - 1 for i, name in zip(words[::2], words[1::2])}
-    for split, part in (("train", "train"), ("val", "test")):
-        for word in tables(root, f"{part}list{number:02}.txt")[0][1].split():
-            if "/" in word:  # else a label
-                yield split, word.removesuffix(".avi"), labels[word.split("/")[0]]
-
-
-def hmdb51_rows(root, number):
-    """As k400_rows."""
-    for label, (file, table) in enumerate(tables(root, f"*_test_split{number}.txt")):
-        words, folder = table.split(), file.split("_test_split")[0]
-        for video, use in zip(words[::2], words[1::2]):
-            split = {"1": "train", "2": "val"}.get(use)
-            yield split, f"{folder}/{video.removesuffix('.avi')}", label
-
-
-ROWS = {"k400": k400_rows, "ssv2": ssv2_rows, "ucf101": ucf101_rows, "hmdb51": hmdb51_rows}
-
-
-def files_below(root):
-    """The files below a folder, sorted; links are followed."""
-    paths = (root / name for name in glob.glob("**/*.*", root_dir=root, recursive=True))
-    return sorted(path for path in paths if path.is_file())
 
 
 def write(path, lines):
@@ -113,11 +51,12 @@ def lists(args):
     if (out / "train.csv").exists() or (out / "val.csv").exists():
         raise UserError(f"{out} has lists already: choose another --out")
     try:
-        rows = [row for row in ROWS[args.set](root, args.split) if row[0] in ("train", "val")]
+        rows = [row for row in tables.ROWS[args.set](root, args.split)
+                if row[0] in ("train", "val")]
     except (ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
         raise UserError(f"the tables in {root} can't be read: {error!r}") from error
     videos, found = {}, {"train.csv": [], "val.csv": [], "missing.txt": []}
-    for path in files_below(root):
+    for path in filter(Path.is_file, files_below(root, [])):
         if path.suffix.lower() in SUFFIXES:  # relative: the folder can be moved, or prepared
             place = path.relative_to(out) if path.is_relative_to(out) else path.resolve()
             videos[path.stem] = videos[f"{path.parent.name}/{path.stem}"] = place
@@ -128,7 +67,7 @@ def lists(args):
             found["missing.txt"].append(f"{split} {video}\n")
     if not found["train.csv"] or not found["val.csv"]:
         raise UserError(f"of the {len(rows):,} videos that the tables name {root} has none to "
-                        "train on, or none to test on: see --help for the layout")
+                        "train on, or none to test on: see `lists --help` for the layout")
     for name, lines in found.items():  # all of them, or none
         write(out / name, lines)
 
@@ -194,22 +133,35 @@ def encode(source, draft):
 
 
 def re_encode(job):
-    """Prepares a video, job = (source, target, folder); returns why it can't be done, or None."""
-    source, target, folder = job
-    draft = folder / f".{os.getpid()}.unfinished"  # claim removes those of a killed process
+    """Prepares a video, job = (source, target); returns why it can't be done, or None."""
+    source, target = job
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        encode(source, draft)
-        decode(draft, lambda n: [[0, n - 1]])  # a last look before it counts
-        draft.replace(target)
+        with draft_of(target) as draft:
+            encode(source, draft)
+            decode(draft, lambda n: [[0, n - 1]])  # a last look before it counts
     except VideoError as error:
         return str(error)
     except OSError as error:
         return FULL if error.errno == errno.ENOSPC else f"it can't be written: {error.strerror}"
     except av.FFmpegError:
         return "it can't be encoded as H.264"
-    finally:
-        draft.unlink(missing_ok=True)
+
+
+def plan(source, target):
+    """What `prepare` has to do: pairs of a video and its new place, such pairs of lists, and what
+    can't be read, with the reason."""
+    skipped = []
+    files = [path for path in files_below(source, skipped) if path.is_file()]
+    twins = Counter(path.with_suffix("") for path in files if path.suffix.lower() in SUFFIXES)
+    videos, texts = [], []
+    for path in files:
+        kind, goal = path.suffix.lower(), target / path.relative_to(source)
+        if kind in SUFFIXES and twins[path.with_suffix("")] == 1:  # else lists find the wrong
+            goal = goal.with_suffix(".mp4")
+        if kind in (*SUFFIXES, ".csv", ".json", ".txt") and not goal.exists():
+            (videos if kind in SUFFIXES else texts).append((path, goal))
+    return videos, texts, skipped
 
 
 def prepare(args):
@@ -217,19 +169,15 @@ def prepare(args):
     source, target = Path(args.folder).resolve(), Path(args.target).resolve()
     if not source.is_dir() or target.is_relative_to(source) or source.is_relative_to(target):
         raise UserError(f"{source} must be a folder of videos, and {target} another one outside it")
-    files, jobs, bad = files_below(source), [], []
-    twins = Counter(path.with_suffix("") for path in files if path.suffix.lower() in SUFFIXES)
     with claim(target):
-        for path in files:
-            kind, goal = path.suffix.lower(), target / path.relative_to(source)
-            if kind in SUFFIXES and twins[path.with_suffix("")] == 1:  # else lists find the wrong
-                goal = goal.with_suffix(".mp4")
-            if kind in SUFFIXES and not goal.exists():
-                jobs.append((path, goal, target))
-            if kind in (".csv", ".json", ".txt") and not goal.exists():
-                lines = os.fsdecode(path.read_bytes()).replace(f"{source}/", f"{target}/")
-                write(goal, lines.splitlines(keepends=True))
-        for (path, *_), reason in in_parallel(re_encode, jobs, args.workers, "preparing"):
+        for draft in target.rglob("*.unfinished"):  # of a killed process
+            draft.unlink()
+        videos, texts, skipped = plan(source, target)
+        for path, goal in texts:
+            lines = os.fsdecode(path.read_bytes()).replace(f"{source}/", f"{target}/")
+            write(goal, lines.splitlines(keepends=True))
+        bad = [f"{line}\n" for line in skipped]
+        for (path, _), reason in in_parallel(re_encode, videos, args.workers, "preparing"):
             if reason == FULL:
                 raise RunError(f"{FULL} for {target}: make some, then run the same command "
                                "again to resume")
@@ -238,23 +186,39 @@ def prepare(args):
         write(target / "bad.txt", bad)
 
 
-def main(argv=None):
+def make_parser():
+    """The parser of the three commands' flags."""
     parser = parser_with(__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for work in (lists, check, prepare):
-        command = commands.add_parser(work.__name__, help=work.__doc__)
-        command.set_defaults(work=work)
-        if work is lists:
-            command.add_argument("set", choices=ROWS)
-            command.add_argument("--split", type=int, default=1, choices=[1, 2, 3])
-        else:
-            command.add_argument("--workers", type=at_least(0), default=os.cpu_count())
-        command.add_argument("folder", help="of the videos; check takes a list too")
-        if work is prepare:
-            command.add_argument("target", help="folder of the new videos")
-        else:
-            command.add_argument("--out", help="folder of the lists")
-    args = parser.parse_args(argv)
+
+    def command(work, details=""):
+        added = commands.add_parser(
+            work.__name__, help=work.__doc__, description=f"{work.__doc__}{details}",
+            formatter_class=argparse.RawDescriptionHelpFormatter)
+        added.set_defaults(work=work)
+        return added
+
+    add = command(lists, f"\n\n{tables.__doc__}").add_argument
+    add("set", choices=tables.ROWS, help="whose tables they are")
+    add("folder", help="DIR, with the tables and the videos")
+    add("--split", type=int, default=1, choices=[1, 2, 3], help="of ucf101 and hmdb51 (default: 1)")
+    add("--out", help="folder of the lists (default: DIR)")
+    workers = dict(type=at_least(0), default=os.cpu_count(),
+                   help="processes that decode (default: as many as cores)")
+    add = command(check).add_argument
+    add("folder", help="videos as --data names them: a folder or a list")
+    add("--workers", **workers)
+    add("--out", help="folder of the lists (default: out/check-FOLDER)")
+    add = command(prepare).add_argument
+    add("folder", help="of the videos")
+    add("target", help="folder of the new videos")
+    add("--workers", **workers)
+    return parser
+
+
+def main(argv=None):
+    """lists, check or prepare, from the flags to the files."""
+    args = make_parser().parse_args(argv)
     args.work(args)
 
 

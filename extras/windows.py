@@ -26,6 +26,11 @@ from extras.run import (DEVICE, RANK, WORLD, claim, draft_of, gather, gather_dic
 from sigma import UserError, load_encoder, read_checkpoint
 from train import DEFAULTS, FLAGS, at_least, check_clip, locate, parser_with
 
+HELP = {  # what flags of train.py mean here
+    "stride": "video frames from one frame of a window to the next (default: the run's of --init)",
+    "size": "height and width of a window, pixels (default: the same)",
+    "workers": "loader processes of each process (default: 0)"}
+
 
 class Windows(IterableDataset):
     """All windows of videos: items (path, rows, clips (n, 3, W, S, S) uint8), at the end of a video
@@ -158,12 +163,15 @@ def write_windows(forward, paths, out, settings, workers, skipped):
 
 def parse(argv):
     """The flags."""
-    parser = parser_with(__doc__, *"data root stride size amp workers out".split())
+    parser = parser_with(__doc__, *"data root amp out".split())
     add = parser.add_argument
+    for name, meaning in HELP.items():
+        add(f"--{name}", **FLAGS[name] | {"help": meaning})
     add("--init", required=True, **FLAGS["init"])
     add("--split", choices=SPLITS, default="train", help="default: train, or the folder itself")
     add("--window", type=at_least(1), help="frames of a window (default: of the run's clips)")
-    add("--step", type=at_least(1), default=16, help="video frames from one window to the next")
+    add("--step", type=at_least(1), default=16, help="video frames from one window to the next "
+        "(default: 16)")
     parser.set_defaults(workers=0)
     args = parser.parse_args(argv)
     args.out = args.out or f"out/{Path(args.data).resolve().stem}-{args.split}-windows"
