@@ -1,6 +1,7 @@
 """What the scripts in extras/ must do, as short tests: python -m pytest -q."""
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 os.environ.setdefault("TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
@@ -22,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision.transforms import v2
 from torchvision.utils import save_image
 
 import data
@@ -167,6 +170,22 @@ class TestFeatures:
         put({"a/0.mp4": 0}, "set")
         assert run(features, "--init", "run", "--data", "set/a", "--knn") == 2
 
+    def test_features_of_a_fine_tuned_network_are_those_that_its_head_gets(self, toy):
+        """After fc_norm: of videos, and of windows."""
+        put({"v.mp4": 90}, "set")
+        content = saved("run/last.pt")
+        model = Classifier(load_encoder("run"), 5).eval()
+        nn.init.normal_(model.fc_norm.weight)
+        nn.init.normal_(model.fc_norm.bias)
+        torch.save(content | {"model": model.state_dict()}, "tuned.pt")
+        flags = ["--init", "tuned.pt", "--data", "set", "--out"]
+        assert run(features, *flags, "f") == run(windows, *flags, "w", "--window", 8) == 0
+        clip, = decode("set/v.mp4", lambda n: [range(8)])
+        model.head = nn.Identity()
+        wanted = model(normalise(clip.transpose(0, 1)[None], "cpu"))
+        for found in (saved("f/features.pt")["features"], numpy.load("w/v.npy")):
+            assert torch.allclose(torch.as_tensor(found), wanted, atol=1e-4)
+
     def test_the_old_flag_names_the_new_script(self, toy, capsys):
         assert run(features, *WINDOWS, "out") == 2
         assert capsys.readouterr().err.strip().endswith("python extras/windows.py")
@@ -271,6 +290,33 @@ class TestWindows:
             assert "gone.mp4" in results["first_missing"]
 
 
+@pytest.fixture
+def prepared(toy, monkeypatch):
+    """A function that starts finetune.py with flags and returns what it would train. It does not:
+    the model gives `outputs` of a video instead, if there are any, and is then tested."""
+    def prepare(*flags, outputs=None):
+        given = SimpleNamespace()
+
+        def fit(args, model, optimizer, clips, loss_of, **_):
+            given.model, given.clips, given.loss_of = model, clips, loss_of
+            Path(args.out).mkdir(exist_ok=True)
+            if outputs:
+                model.forward = outputs
+            return outputs is not None
+        monkeypatch.setattr(finetune, "fit", fit)
+        assert run(finetune, "--init", "run", "--out", "out", *flags) == 0
+        return given
+    return prepare
+
+
+@pytest.fixture
+def unmixed(monkeypatch):
+    """Clips are not mixed with each other; torch's random numbers start anew."""
+    for name in ("MixUp", "CutMix"):
+        monkeypatch.setattr(v2, name, lambda **_: lambda video, labels: (video, labels))
+    torch.manual_seed(0)
+
+
 class TestFineTuning:
     def test_a_classifier_its_drop_path_and_its_learning_rates(self):
         encoder = Encoder(dim=32, depth=2, heads=2, tube=(2, 8, 8))
@@ -308,6 +354,77 @@ class TestFineTuning:
         assert found == wanted
         assert all(group["betas"] == (0.9, 0.999) for group in optimizer.param_groups)
 
+    @pytest.mark.parametrize("flags, largest", [([], 0.1), (["--freeze"], 0)])
+    def test_drop_path_grows_linearly_over_the_blocks_to_a_tenth(self, flags, largest, prepared):
+        """It skips halves of blocks, for some clips; a probe has none."""
+        blocks, clips = prepared(*flags).model.train().encoder.blocks, torch.randn(8000, 1, 128)
+        for i, block in enumerate(blocks):
+            for half in (block.attn, block.mlp):
+                skipped = (half(clips) == 0).flatten(1).all(dim=1).float().mean()
+                assert skipped == pytest.approx(largest * i / (len(blocks) - 1), abs=0.015)
+
+    @pytest.mark.parametrize("lines, flags, score", [
+        ("a.png 1\nb.png 1\n", [], "top1"), ("a.png\nb.png 0\n", ["--multi-label"], "mAP")])
+    def test_probabilities_of_a_video_s_views_are_averaged(self, lines, flags, score, prepared):
+        """Not logits, in which one view of three that is very sure would outweigh the others."""
+        picture = torch.zeros(3, 8, 24)
+        picture[:, :, 16:] = 1  # the last of three crops
+        Path("set").mkdir()
+        save_image(picture, "set/a.png")
+        save_image(torch.full_like(picture, 0.5), "set/b.png")
+        put({"train.csv": "a.png 0\na.png 1\n", "val.csv": lines}, "set")
+        logits = torch.tensor([[-5.0, 5], [0, 10], [100, 0]])  # of a dark, a grey, a bright view
+
+        def outputs(video):
+            brightness = video.mean(dim=(1, 2, 3, 4))
+            return logits[(brightness > -1).long() + (brightness > 1)]
+        prepared("--data", "set", "--size", 8, "--views", 1, 3, *flags, outputs=outputs)
+        assert read_json("out")[score] == 1
+
+    def test_a_video_that_cannot_be_read_counts_as_wrong(self, prepared):
+        put_lists(lambda i: 0)
+        prepared("--data", "set", outputs=lambda video: torch.eye(2)[:1].expand(len(video), -1))
+        assert read_json("out")["top1"] == pytest.approx(10 / 11)
+
+    @pytest.mark.parametrize("amp", ["bf16", "off"])
+    def test_training_and_testing_take_the_precision_of_amp(self, amp, prepared):
+        found = []
+
+        def outputs(video):
+            found.append(torch.is_autocast_enabled("cpu"))
+            return torch.zeros(len(video), 8)
+        prepared("--amp", amp, outputs=outputs).loss_of(outputs, data.Batch(
+            torch.zeros(1, 3, 2, 8, 8).byte(), None, torch.tensor([0]), None, {}))
+        assert len(found) > 1 and set(found) == {amp == "bf16"}
+
+    @pytest.mark.parametrize("dim, calls", [(1024, 2), (768, 1)])
+    def test_blocks_as_wide_as_large_s_are_computed_again_for_their_gradient(
+            self, dim, calls, prepared):
+        sizes, counted = dict(dim=dim, depth=1, heads=16, tube=(4, 8, 8)), []
+        weights = nn.ModuleDict({"encoder": Encoder(**sizes)}).state_dict()
+        torch.save({"model": weights, "sizes": sizes}, "wide.pt")
+        model = prepared("--init", "wide.pt", "--frames", 8, "--size", 32).model
+        model.encoder.blocks[0].norm1.register_forward_hook(lambda *_: counted.append(1))
+        model(torch.randn(1, 3, 8, 16, 16)).sum().backward()
+        assert len(counted) == calls
+
+    @pytest.mark.parametrize("sampling, frames", [
+        ("dense", finetune.dense_frames), ("segments", finetune.segment_frames)])
+    def test_clips_have_the_frames_of_sampling_and_random_crops(
+            self, sampling, frames, prepared, monkeypatch):
+        monkeypatch.setitem(finetune.RECIPES["toy"], "augment", True)
+        for flags, crop in (([], finetune.random_crop), (["--no-augment"], data.centre_crop)):
+            clips = prepared("--sampling", sampling, *flags).clips
+            assert (clips.choose, clips.crop) == (frames, crop)
+
+    @pytest.mark.parametrize("n", [5, 10, 16, 40, 100])
+    def test_segments_are_equal_parts_and_any_frame_of_one_may_be_drawn(self, n):
+        """Where there are fewer frames than segments, the frame at a segment's start is taken."""
+        drawn = zip(*(finetune.segment_frames(n, 16, 2, data.seeded(i)) for i in range(200)))
+        part = n // 16
+        for i, frames in enumerate(drawn):
+            assert set(frames) == (set(range(i * part, (i + 1) * part)) or {i * n // 16})
+
     @pytest.mark.parametrize("sampling, mirrored", [("dense", True), ("segments", False)])
     def test_clips_by_segments_are_never_mirrored(self, sampling, mirrored, monkeypatch):
         asked = []
@@ -327,11 +444,17 @@ class TestFineTuning:
         wanted = -(torch.tensor([0.925, 0.025, 0.025, 0.025]) * logits.log_softmax(dim=1)).sum()
         assert loss.item() == pytest.approx(wanted.item())
 
-    def test_erased_boxes_have_noise_of_their_own_in_each_frame(self, monkeypatch):
+    def test_several_labels_have_a_cross_entropy_each_without_smoothing(self):
+        args = argparse.Namespace(repeat=1, augment=False, multi_label=True, amp="off")
+        batch = data.Batch(torch.zeros(1, 3, 2, 8, 8).byte(), None, torch.tensor([1]), None, {})
+        logits, table = torch.tensor([[3.0, -1, 0]]), torch.tensor([[0.0, 1, 0], [1, 0, 1]])
+        loss, _ = finetune.loss_of(lambda video: logits, batch, args, 3, table)
+        said = torch.where(table[1] == 1, logits.sigmoid(), 1 - logits.sigmoid())  # of the truth
+        assert loss.item() == pytest.approx(-said.log().mean().item())
+
+    def test_erased_boxes_have_noise_of_their_own_in_each_frame(self, unmixed, monkeypatch):
         """A quarter of the clips lose a box, the same one in all frames."""
-        monkeypatch.setattr(finetune.v2, "RandAugment", lambda *_, **__: finetune.v2.Identity())
-        monkeypatch.setattr(finetune.v2, "MixUp", lambda **_: lambda video, labels: (video, labels))
-        monkeypatch.setattr(finetune.v2, "CutMix", finetune.v2.MixUp)
+        monkeypatch.setattr(v2, "RandAugment", lambda *_, **__: v2.Identity())
         torch.manual_seed(0)
         still = torch.full((400, 3, 3, 16, 16), 128).byte()
         video, _ = finetune.augment(still, torch.zeros(400).long(), 2, flip=False)
@@ -344,18 +467,41 @@ class TestFineTuning:
         assert (video[erased][:, :, 0] - video[erased][:, :, 1]).abs().amax(dim=(1, 2, 3)).min() > 0
 
     def test_all_frames_of_a_clip_are_distorted_alike(self, monkeypatch):
-        """A still one stays still, but for the noise that erases; mirrored only if asked."""
+        """A still one stays still, but for the noise that erases."""
+        monkeypatch.setattr(v2, "RandomErasing", lambda *_, **__: v2.Identity())
         still = torch.randint(256, (6, 3, 1, 16, 16)).byte().expand(-1, -1, 4, -1, -1)
-        with monkeypatch.context() as without:
-            without.setattr(finetune.v2, "RandomErasing", lambda *_, **__: finetune.v2.Identity())
-            for _ in range(20):
-                video, _ = finetune.augment(still, torch.arange(6), 7, flip=True)
-                assert torch.allclose(video, video[:, :, :1].expand_as(video))
-        monkeypatch.setattr(finetune.v2, "RandAugment", lambda *_, **__: finetune.v2.Identity())
-        ramp = torch.arange(32).mul(8).byte().expand(32, 3, 2, 32, 32)  # brighter to the right
-        for flip in (False, True):
-            columns = finetune.augment(ramp, torch.arange(32) % 4, 4, flip)[0].mean(dim=(1, 2, 3))
-            assert (columns[:, 24:].sum(1) > columns[:, :8].sum(1)).all() == (not flip)
+        for _ in range(20):
+            video, _ = finetune.augment(still, torch.arange(6), 7, flip=True)
+            assert torch.allclose(video, video[:, :, :1].expand_as(video))
+
+    @pytest.mark.parametrize("flip, low, high", [(False, 0, 0), (True, 0.35, 0.65)])
+    def test_half_of_the_clips_are_mirrored_if_asked(self, flip, low, high, unmixed, monkeypatch):
+        monkeypatch.setattr(v2, "RandAugment", lambda *_, **__: v2.Identity())
+        monkeypatch.setattr(v2, "RandomErasing", lambda *_, **__: v2.Identity())
+        ramp = torch.arange(16).mul(8).byte().expand(200, 3, 2, 16, 16)  # brighter to the right
+        columns = finetune.augment(ramp, torch.zeros(200), 2, flip)[0].mean(dim=(1, 2, 3))
+        assert low <= (columns[:, 0] > columns[:, -1]).float().mean() <= high
+
+    def test_four_operations_of_strength_7_are_each_applied_to_half_of_the_clips(
+            self, unmixed, monkeypatch):
+        """As RandAugment's "m7-n4-mstd0.5" in the published commands: of 10, give or take 0.5."""
+        used = []
+        monkeypatch.setattr(v2, "RandAugment", lambda number, strength, bins, **_: v2.Lambda(
+            lambda clip: used.append(10 * number * strength / (bins - 1)) or clip))
+        finetune.augment(torch.zeros(300, 3, 2, 8, 8).byte(), torch.zeros(300), 2, flip=False)
+        assert 0.45 < len(used) / (4 * 300) < 0.55
+        assert 6 <= min(used) < 6.9 < sum(used) / len(used) < 7.1 < max(used) <= 8
+
+    def test_clips_are_mixed_by_mixup_and_cutmix_in_turns(self, monkeypatch):
+        """Of shares from Beta(0.8, 0.8) and from Beta(1, 1)."""
+        used = []
+        for name in ("MixUp", "CutMix"):
+            monkeypatch.setattr(v2, name, lambda alpha, num_classes, name=name: v2.Lambda(
+                lambda x: used.append((name, alpha)) or x))
+        for _ in range(100):
+            finetune.augment(torch.zeros(1, 3, 1, 8, 8).byte(), torch.zeros(1), 2, flip=False)
+        assert set(used) == {("MixUp", 0.8), ("CutMix", 1.0)}
+        assert 0.3 < used.count(("MixUp", 0.8)) / len(used) < 0.7
 
     @pytest.mark.parametrize("labels", [[0, 2], [[1, 1, 0, 0], [0, 0, 1, 0]]])  # one, several
     def test_mixing_gives_each_clip_s_labels_its_share(self, labels):
@@ -420,10 +566,7 @@ class TestFineTuning:
         for n in range(65, 365, 3):
             one, two = (finetune.dense_frames(n, 16, 4, data.seeded(n)) for _ in range(2))
             assert one == two == [min(int(one[0] + i * 64 / 15), one[0] + 63) for i in range(16)]
-            parts = [index // 3 for index in finetune.segment_frames(50, 16, 2, data.seeded(n))]
-            assert parts == list(range(16))
         assert finetune.dense_frames(30, 16, 4) == [0, 5, 10, 15, 20, 25] + [29] * 10
-        assert finetune.segment_frames(4, 16, 2) == sorted([0, 1, 2, 3] * 4)
         areas = [height * width / 48 / 64 for _, _, height, width in (
             finetune.random_crop(48, 64, data.seeded(seed)) for seed in range(200))]
         assert 0.07 < min(areas) < 0.2 < 0.8 < max(areas) <= 1
@@ -459,8 +602,15 @@ class TestFineTuning:
         for flags in (["whole"], ["parts", "--max-steps", 5], ["parts"]):
             assert run(finetune, *common, *flags) == 0
         assert same(saved("whole/last.pt")["model"], saved("parts/last.pt")["model"])
+        groups = saved("whole/last.pt")["optimizer"]["param_groups"]
+        rates = sorted({group["lr"] for group in groups})
+        assert len(rates) == 6  # of the head, four blocks, the embedding
+        assert all(below == pytest.approx(0.75 * rate) for below, rate in zip(rates, rates[1:]))
         assert run(finetune, *common, "parts", "--views", 2, 1) == 0
         assert read_json("parts")["args"]["views"] == [2, 1]  # tested once more
+        put({"other.csv": f"{find_videos('data/toy/val')[0][0][0]} 0\n"})
+        assert run(finetune, *common, "parts", "--val", "other.csv") == 0
+        assert read_json("parts")["videos"] == 1
         assert run(finetune, *common, "parts", "--lr", 0.5) == 2
         assert "0.5" in capsys.readouterr().err
 
@@ -1139,6 +1289,57 @@ class TestSegment:
         greedy = torch.tensor([[0.9, 0.8], [0.8, 0.0]])  # the best pair alone is not the best sum
         assert segment.match(greedy) == [1, 0]
 
+    def write_davis(self, rows=SQUARES, length=4):
+        """A video of grey images, all with the segments of rows; returns flags."""
+        for i in range(length):
+            for folder in ("JPEGImages/v", "Annotations/v"):
+                Path(folder).mkdir(parents=True, exist_ok=True)
+            save_image(rows.float().expand(3, -1, -1) / 20, f"JPEGImages/v/{i}.jpg")
+            write_png(f"Annotations/v/{i}.png", rows, "pal8")
+        return ["--root", ".", "--frames", 4, "--size", 32, "--out", "out"]
+
+    def damaged(self, name, value, first=0):
+        """A checkpoint with `value` added to the weights so named, from the block `first` on."""
+        content = saved("run/last.pt")
+        for n, weight in content["model"].items():
+            if re.search(name, n) and int((re.search(r"blocks\.(\d+)", n) or [0, 9])[1]) >= first:
+                weight += value
+        torch.save(content, "damaged.pt")
+        return ["--init", "damaged.pt"]
+
+    def test_the_tokens_of_a_layer_come_from_the_blocks_up_to_it_alone(self, toy):
+        """Neither later blocks, damaged here, nor the last norm have a part in them."""
+        flags = self.write_davis() + self.damaged(r"encoder\.(blocks|norm)", torch.nan, first=2)
+        assert [run(segment, *flags, "--layer", n) for n in (2, 3)] == [0, 1]
+
+    def test_layers_that_the_encoder_lacks_are_refused(self, toy, capsys):
+        flags = self.write_davis() + ["--init", "run", "--layer", 5]
+        assert run(segment, *flags) == 2 and "--layer" in capsys.readouterr().err
+
+    def test_what_overflows_in_fp16_is_computed_in_float32(self, toy, capsys):
+        flags = self.write_davis() + self.damaged(r"patch_embed\.proj\.bias", 1e6)
+        scores = []
+        for amp in ("off", "fp16"):
+            assert run(segment, *flags, "--amp", amp) == 0
+            scores.append(read_json("out")["videos"])
+        assert scores[0] == scores[1] and "float32" in capsys.readouterr().out
+
+    def test_tokens_that_are_not_finite_end_it(self, toy, capsys):
+        flags = self.write_davis() + self.damaged(r"patch_embed\.proj\.bias", torch.nan)
+        assert run(segment, *flags) == 1 and "not finite" in capsys.readouterr().err
+
+    def test_an_unreadable_image_ends_it_by_name(self, toy, capsys):
+        flags = self.write_davis()
+        put({"JPEGImages/v/2.jpg": "no image"})
+        assert run(segment, *flags, "--init", "run") == 2
+        assert "v/2.jpg" in capsys.readouterr().err
+
+    def test_more_than_16_segments_are_refused_by_name(self, toy, capsys):
+        """To match them would take minutes."""
+        flags = self.write_davis(torch.arange(17)[:, None].repeat_interleave(3, 0).expand(51, 48))
+        assert run(segment, *flags, "--init", "run", "--size", 64) == 2
+        assert "v/0.png" in capsys.readouterr().err
+
     def test_videos_of_any_length_and_missing_segments(self, toy):
         """One object leaves; frames without annotation; two processes give what one gives."""
         for video, length in (("a", 3), ("b", 9)):
@@ -1161,6 +1362,26 @@ class TestSegment:
         assert run(segment, "--root", ".", "--init", "run", "--out", "trained") == 0
         trained = read_json("trained")["args"]  # clips like those of the run
         assert (trained["frames"], trained["size"]) == (8, 32)
+
+
+def test_what_scripts_write_has_the_mode_that_the_umask_asks_for(toy):
+    put({"v.mp4": 90}, "set")
+    hf = "safetensors" if importlib.util.find_spec("safetensors") else "bin"
+    umask = os.umask(0o027)
+    try:
+        assert [run(script, *words) for script, *words in (
+            (features, "--init", "run", "--data", "set", "--out", "out"),
+            (windows, "--init", "run", "--data", "set", "--window", 8, "--out", "out"),
+            (weights, "import", "run", "out/ours.pt"), (curves, "run", "--out", "out/curves.svg"),
+            (weights, "export", "run", "--to", "hf", "out/hf"),
+            (videos, "check", "set", "--out", "out/check", "--workers", 0),
+            (videos, "prepare", "set", "out/prepared", "--workers", 0))] == [0] * 7
+    finally:
+        os.umask(umask)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in Path("out").rglob("*.*")}
+    assert modes.keys() >= {"features.pt", "v.npy", "windows.json", "ours.pt", "curves.svg",
+                            "train.csv", "v.mp4"} and any(hf in name for name in modes)
+    assert set(modes.values()) == {0o640}, modes
 
 
 class TestPages:
@@ -1186,9 +1407,17 @@ class TestPages:
             assert (out / "last.pt").exists()
             assert run(train, "--max-steps", 2, "--out", out) == 2  # without the class
         train.main(["--max-steps", "2"], model_class=space["MovingAverage"])
-        model = torch.load("out/toy-tiny-mlp-MovingAverage/last.pt")["model"]
-        name = "blocks.0.attn.qkv.weight"
-        assert not torch.equal(model[f"average.{name}"], model[f"encoder.{name}"])
+
+    def test_an_idea_of_a_moving_average_follows_the_encoder_slowly(self, toy):
+        space = {}
+        exec(self.snippets("ideas.md")[0], space)
+        model = space["MovingAverage"](**sigma.sizes_for("tiny"))
+        before = {name: w.clone() for name, w in model.average.state_dict().items()}
+        for weight in model.encoder.parameters():
+            weight.data += 1
+        model(torch.randn(2, 3, 8, 32, 32), tube_mask(2, (2, 4, 4), 0.75))
+        for name, weight in model.average.state_dict().items():
+            assert torch.allclose(weight, before[name] + 0.004, atol=1e-5)
 
     def test_an_idea_of_a_mask_and_of_an_assignment_do_what_they_say(self, toy):
         space = {}

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
-from extras.run import launch, save_atomically
+from extras.run import draft_of, launch, save_atomically
 from sigma import (DINO_WIDTHS, IMAGENET_MEAN, IMAGENET_STD, SIGMA, SIZES, Encoder, UserError,
                    depth_of, fill, plain_weights, read_file)
 from train import DEFAULTS, at_least, parser_with
@@ -208,14 +208,14 @@ def write_hugging_face(folder, weights, *configs):
     for name, content in zip(CONFIGS, configs):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     try:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
     except ImportError:
         print("to get model.safetensors do: pip install safetensors; without it")
         save_atomically(folder / "pytorch_model.bin", weights)
         return folder / "pytorch_model.bin"
-    draft = folder / "model.safetensors.unfinished"
-    save_file({name: w.contiguous() for name, w in weights.items()}, draft, {"format": "pt"})
-    return draft.replace(folder / "model.safetensors")
+    with draft_of(folder / "model.safetensors") as draft:  # save_file's has a mode of its own, 600
+        draft.write_bytes(save({n: w.contiguous() for n, w in weights.items()}, {"format": "pt"}))
+    return folder / "model.safetensors"
 
 
 def import_(args):
