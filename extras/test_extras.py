@@ -5,17 +5,12 @@ import importlib.util
 import json
 import os
 import re
-import struct
-import subprocess
 import sys
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
-
-os.environ.setdefault("TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as in test_sigma.py
 
 import av
 import numpy
@@ -26,6 +21,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.transforms import v2
 from torchvision.utils import save_image
+
+# Before the others, since it hides GPUs; two of these are fixtures.
+from test_sigma import (here, in_two_processes, read_json, run, saved, start_apart, turn,
+                        where_a_test_works)
 
 import data
 import sigma
@@ -43,42 +42,6 @@ from sigma import Encoder, UserError, build_model, load_encoder, load_model, tub
 
 NOISE = torch.randint(256, (40, 48, 64, 3))  # the frames of a video
 WINDOWS = ["--init", "run", "--data", "set", "--window", 8, "--stride", 2, "--step", 4, "--out"]
-
-
-@pytest.fixture(scope="session")
-def toy(tmp_path_factory):
-    """A folder with a small toy set, data/toy, and a pretraining run of one step, `run`."""
-    folder = tmp_path_factory.mktemp("work")
-    with contextlib.chdir(folder):
-        toy_set.make_toy("data/toy", train=64, val=32)
-        assert run(train, "--max-steps", 1, "--out", "run") == 0
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def where_a_test_works(request, tmp_path, monkeypatch):
-    """In an empty folder; if it asks for `toy`, with links to the toy set and the run."""
-    monkeypatch.chdir(tmp_path)
-    if "toy" in request.fixturenames:
-        for path in request.getfixturevalue("toy").iterdir():
-            os.symlink(path, path.name)
-
-
-def run(script, *arguments):
-    """The exit code of a script's command line."""
-    try:
-        return launch(script.main, [str(argument) for argument in arguments])
-    except SystemExit as end:  # argparse's
-        return end.code
-
-
-def two_processes(script, *arguments):
-    """What a script prints under torchrun, with two processes."""
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-         script.__file__, *map(str, arguments)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def put(files, root="."):
@@ -123,22 +86,6 @@ def write_frames(path, images, times=None, tick=40, codec="libx264", options=Non
         container.mux(stream.encode(None))
 
 
-def turn(path, turns):
-    """Has an mp4 file say that its frames are to be turned by 90 degrees anticlockwise."""
-    cos, sin = ((1, 0), (0, 1), (-1, 0), (0, -1))[turns]
-    content, matrix = bytearray(Path(path).read_bytes()), (cos, -sin, 0, sin, cos)
-    struct.pack_into(">5i", content, content.index(b"tkhd") + 44, *(x << 16 for x in matrix))
-    Path(path).write_bytes(content)
-
-
-def saved(path):
-    return torch.load(path, weights_only=True)
-
-
-def read_json(out, file="results.json"):
-    return json.loads(Path(out, file).read_text())
-
-
 def same(found, wanted):
     return found.keys() == wanted.keys() and all(torch.equal(found[n], wanted[n]) for n in wanted)
 
@@ -151,7 +98,7 @@ def feature_at(start):
 
 
 class TestFeatures:
-    def test_features_come_in_list_order_for_readable_videos(self, toy, capsys):
+    def test_features_come_in_list_order_for_readable_videos(self, here, capsys):
         put_greys(6, bad=4)
         put({"list.csv": "".join(f"{i}.mp4 {i}\n" for i in (5, 2, 4, 0))}, "set")
         flags = ["--init", "run", "--data", "set/list.csv", "--out"]
@@ -166,11 +113,11 @@ class TestFeatures:
         assert torch.allclose(tokens["features"], wanted, atol=1e-4)
         assert torch.allclose(pooled["features"], wanted.mean(dim=1), atol=1e-4)
 
-    def test_k_nn_without_labels_is_refused(self, toy):
+    def test_k_nn_without_labels_is_refused(self, here):
         put({"a/0.mp4": 0}, "set")
         assert run(features, "--init", "run", "--data", "set/a", "--knn") == 2
 
-    def test_features_of_a_fine_tuned_network_are_those_that_its_head_gets(self, toy):
+    def test_features_of_a_fine_tuned_network_are_those_that_its_head_gets(self, here):
         """After fc_norm: of videos, and of windows."""
         put({"v.mp4": 90}, "set")
         content = saved("run/last.pt")
@@ -186,7 +133,7 @@ class TestFeatures:
         for found in (saved("f/features.pt")["features"], numpy.load("w/v.npy")):
             assert torch.allclose(torch.as_tensor(found), wanted, atol=1e-4)
 
-    def test_the_old_flag_names_the_new_script(self, toy, capsys):
+    def test_the_old_flag_names_the_new_script(self, here, capsys):
         assert run(features, *WINDOWS, "out") == 2
         assert capsys.readouterr().err.strip().endswith("python extras/windows.py")
 
@@ -194,7 +141,7 @@ class TestFeatures:
 class TestWindows:
     @pytest.mark.parametrize("times, rows", [
         (range(0, 160, 4), 7), (range(0, 40, 4), 1), ([i * i for i in range(40)], 7)])
-    def test_windows_have_the_features_of_plain_clips(self, times, rows, toy, monkeypatch):
+    def test_windows_have_the_features_of_plain_clips(self, times, rows, here, monkeypatch):
         """At a constant rate, in a short video, at a varying rate; each frame is decoded once."""
         decoded, all_frames = [], windows.all_frames
         monkeypatch.setattr(windows, "all_frames", lambda path: (
@@ -210,7 +157,7 @@ class TestWindows:
         assert facts | dict(frames=len(times), feature_stride=4, window_span=16) == facts
         assert facts["fps"] == pytest.approx(100 * (len(times) - 1) / times[-1])
 
-    def test_an_unreadable_window_keeps_its_row(self, toy, monkeypatch, capsys):
+    def test_an_unreadable_window_keeps_its_row(self, here, monkeypatch, capsys):
         """The nearest one stands in, so that later rows keep their times."""
         def all_frames(path):
             yield from islice(reader.all_frames(path), 20)
@@ -231,7 +178,7 @@ class TestWindows:
         assert torch.equal(found[2:4], found[[1, 1]]) and torch.equal(found[4:6], found[[6, 6]])
         assert torch.allclose(found[6], feature_at(24), atol=1e-5)
 
-    def test_windows_resume_with_the_same_settings_and_stop_with_others(self, toy, capsys):
+    def test_windows_resume_with_the_same_settings_and_stop_with_others(self, here, capsys):
         put_greys(3, bad=1)
         assert run(windows, *WINDOWS, "out") == 0 and "1.mp4" in capsys.readouterr().out
         before = os.stat("out/0.npy").st_mtime_ns
@@ -242,23 +189,23 @@ class TestWindows:
         os.remove("out/windows.json")
         assert run(windows, *WINDOWS, "out") == 2
 
-    def test_videos_of_one_name_are_refused(self, toy, capsys):
+    def test_videos_of_one_name_are_refused(self, here, capsys):
         put({"a/0.mp4": 0, "b/0.mp4": 0}, "set")
         assert run(windows, *WINDOWS, "out") == 2
         shown = capsys.readouterr().err
         assert "a/0.mp4" in shown and "b/0.mp4" in shown
 
-    def test_two_processes_write_the_windows_that_one_writes(self, toy):
+    def test_two_processes_write_the_windows_that_one_writes(self, here):
         put_greys(5, bad=2)
         assert run(windows, *WINDOWS, "one", "--workers", 2) == 0
-        assert "2.mp4" in two_processes(windows, *WINDOWS, "two")
+        assert "2.mp4" in in_two_processes(windows.main, *WINDOWS, "two")
         files = [path for path in Path("one").iterdir() if path.suffix]
         assert len(files) == 5
         for path in files:
             assert path.read_bytes() == Path("two", path.name).read_bytes()
 
 
-    def test_a_checkpoint_without_flags_gives_features_too(self, toy):
+    def test_a_checkpoint_without_flags_gives_features_too(self, here):
         put_greys(2)
         content = saved("run/last.pt")
         del content["args"]
@@ -266,7 +213,7 @@ class TestWindows:
         clip = ["--frames", 8, "--stride", 1, "--size", 32]
         assert run(features, "--init", "bare.pt", "--data", "set", *clip, "--out", "out") == 0
 
-    def test_features_that_are_not_finite_are_not_written(self, toy, capsys):
+    def test_features_that_are_not_finite_are_not_written(self, here, capsys):
         """Neither of videos nor of windows."""
         put_greys(2)
         content = saved("run/last.pt")
@@ -277,7 +224,7 @@ class TestWindows:
         assert capsys.readouterr().err.count("not finite") == 2
         assert not list(Path(".").glob("*/*.npy")) and not Path("out/features.pt").exists()
 
-    def test_test_videos_that_are_missing_are_counted(self, toy):
+    def test_test_videos_that_are_missing_are_counted(self, here):
         """k-NN and a fine-tuned accuracy say of how many videos of how many named they are."""
         put_greys(6)
         lines = "".join(f"{i}.mp4 {i % 2}\n" for i in range(6))
@@ -291,7 +238,7 @@ class TestWindows:
 
 
 @pytest.fixture
-def prepared(toy, monkeypatch):
+def prepared(here, monkeypatch):
     """A function that starts finetune.py with flags and returns what it would train. It does not:
     the model gives `outputs` of a video instead, if there are any, and is then tested."""
     def prepare(*flags, outputs=None):
@@ -364,7 +311,8 @@ class TestFineTuning:
                 assert skipped == pytest.approx(largest * i / (len(blocks) - 1), abs=0.015)
 
     @pytest.mark.parametrize("lines, flags, score", [
-        ("a.png 1\nb.png 1\n", [], "top1"), ("a.png\nb.png 0\n", ["--multi-label"], "mAP")])
+        ("a.png 1\nb.png 1\n", [], "top1"), ("a.png\nb.png 0\n", ["--multi-label"], "mAP")],
+        ids=["one label", "several"])
     def test_probabilities_of_a_video_s_views_are_averaged(self, lines, flags, score, prepared):
         """Not logits, in which one view of three that is very sure would outweigh the others."""
         picture = torch.zeros(3, 8, 24)
@@ -425,13 +373,34 @@ class TestFineTuning:
         for i, frames in enumerate(drawn):
             assert set(frames) == (set(range(i * part, (i + 1) * part)) or {i * n // 16})
 
-    @pytest.mark.parametrize("sampling, mirrored", [("dense", True), ("segments", False)])
-    def test_clips_by_segments_are_never_mirrored(self, sampling, mirrored, monkeypatch):
+    def test_a_dense_window_may_start_anywhere(self):
+        starts = {finetune.dense_frames(70, 16, 4, data.seeded(i))[0] for i in range(100)}
+        assert starts == set(range(6))
+
+    @pytest.mark.parametrize("sampling", ["dense", "segments"])
+    def test_a_video_is_tested_on_the_frames_of_its_sampling(self, sampling, prepared):
+        shades = torch.arange(16) * 15
+        write_frames("set/v.mp4", shades[:, None, None, None].expand(16, 32, 32, 3))
+        put({"list.csv": "v.mp4 0\n"}, "set")
+        found = []
+
+        def outputs(video):
+            found.append((video * 0.225 + 0.45).mean(dim=(1, 3, 4))[0] * 255)  # about
+            return torch.zeros(1, 2)
+        prepared("--data", "set/list.csv", "--val", "set/list.csv", "--sampling", sampling,
+                 outputs=outputs)
+        frames, = finetune.view_frames(16, 8, 1, 1, sampling)
+        assert found[0].tolist() == pytest.approx(shades[frames].tolist(), abs=7)
+
+    @pytest.mark.parametrize("sampling, flip, mirrored", [
+        ("dense", True, True), ("dense", False, False), ("segments", True, False)])
+    def test_dense_clips_alone_are_mirrored_unless_no_flip(
+            self, sampling, flip, mirrored, monkeypatch):
         asked = []
         monkeypatch.setattr(finetune, "augment", lambda video, labels, classes, flip: (
             asked.append(flip) or video.float(), labels))
         args = argparse.Namespace(repeat=1, augment=True, multi_label=False, amp="off",
-                                  sampling=sampling, flip=True)
+                                  sampling=sampling, flip=flip)
         batch = data.Batch(torch.zeros(2, 3, 2, 8, 8).byte(), None, torch.tensor([0, 1]), None, {})
         finetune.loss_of(lambda video: torch.zeros(2, 3), batch, args, 3, None)
         assert asked == [mirrored]
@@ -479,7 +448,7 @@ class TestFineTuning:
         monkeypatch.setattr(v2, "RandAugment", lambda *_, **__: v2.Identity())
         monkeypatch.setattr(v2, "RandomErasing", lambda *_, **__: v2.Identity())
         ramp = torch.arange(16).mul(8).byte().expand(200, 3, 2, 16, 16)  # brighter to the right
-        columns = finetune.augment(ramp, torch.zeros(200), 2, flip)[0].mean(dim=(1, 2, 3))
+        columns = finetune.augment(ramp, torch.zeros(200).long(), 2, flip)[0].mean(dim=(1, 2, 3))
         assert low <= (columns[:, 0] > columns[:, -1]).float().mean() <= high
 
     def test_four_operations_of_strength_7_are_each_applied_to_half_of_the_clips(
@@ -488,7 +457,7 @@ class TestFineTuning:
         used = []
         monkeypatch.setattr(v2, "RandAugment", lambda number, strength, bins, **_: v2.Lambda(
             lambda clip: used.append(10 * number * strength / (bins - 1)) or clip))
-        finetune.augment(torch.zeros(300, 3, 2, 8, 8).byte(), torch.zeros(300), 2, flip=False)
+        finetune.augment(torch.zeros(300, 3, 2, 8, 8).byte(), torch.zeros(300).long(), 2, False)
         assert 0.45 < len(used) / (4 * 300) < 0.55
         assert 6 <= min(used) < 6.9 < sum(used) / len(used) < 7.1 < max(used) <= 8
 
@@ -499,7 +468,7 @@ class TestFineTuning:
             monkeypatch.setattr(v2, name, lambda alpha, num_classes, name=name: v2.Lambda(
                 lambda x: used.append((name, alpha)) or x))
         for _ in range(100):
-            finetune.augment(torch.zeros(1, 3, 1, 8, 8).byte(), torch.zeros(1), 2, flip=False)
+            finetune.augment(torch.zeros(1, 3, 1, 8, 8).byte(), torch.zeros(1).long(), 2, False)
         assert set(used) == {("MixUp", 0.8), ("CutMix", 1.0)}
         assert 0.3 < used.count(("MixUp", 0.8)) / len(used) < 0.7
 
@@ -552,7 +521,7 @@ class TestFineTuning:
         assert results["mAP"] == 1 and results["unreadable"] == 1
         assert (results["named"], results["first_missing"]) == (3, "c: there is no file")
 
-    def test_several_labels_a_line_are_learned_and_tested_by_map(self, toy):
+    def test_several_labels_a_line_are_learned_and_tested_by_map(self, here):
         """Without the flag such a list is refused."""
         put_lists(lambda i: f"{i % 3} {3 + i % 2}")
         flags = ["--data", "set", "--init", "run", "--epochs", 1, "--out"]
@@ -583,7 +552,7 @@ class TestFineTuning:
         wanted = torch.stack([clips[..., left:left + 24] for left in (0, 4, 8)], dim=1)
         assert torch.equal(views, wanted.flatten(0, 1))
 
-    def test_the_probe_moves_no_weight_of_the_encoder(self, toy, capsys):
+    def test_the_probe_moves_no_weight_of_the_encoder(self, here, capsys):
         flags = ["--freeze", "--init", "run", "--epochs", 2, "--limit", 40, "--out", "probe"]
         assert run(finetune, *flags) == 0 and "a new head" in capsys.readouterr().out
         before, after = (saved(f"{out}/last.pt")["model"] for out in ("run", "probe"))
@@ -596,7 +565,7 @@ class TestFineTuning:
         for wrong in (["--model", "small"], ["--size", 30], ["--val", "data/toy/val/0_right"]):
             assert run(finetune, "--init", "run", "--out", "never", *wrong) == 2  # or: no labels
 
-    def test_fine_tuning_resumes_exactly_though_it_mixes(self, toy, monkeypatch, capsys):
+    def test_fine_tuning_resumes_exactly_though_it_mixes(self, here, monkeypatch, capsys):
         monkeypatch.setitem(finetune.RECIPES["toy"], "augment", True)
         common = ["--epochs", 3, "--batch-size", 16, "--repeat", 2, "--accum", 1, "--out"]
         for flags in (["whole"], ["parts", "--max-steps", 5], ["parts"]):
@@ -609,7 +578,7 @@ class TestFineTuning:
         assert run(finetune, *common, "parts", "--views", 2, 1) == 0
         assert read_json("parts")["args"]["views"] == [2, 1]  # tested once more
         put({"other.csv": f"{find_videos('data/toy/val')[0][0][0]} 0\n"})
-        assert run(finetune, *common, "parts", "--val", "other.csv") == 0
+        assert run(finetune, *common, "parts", "--views", 2, 1, "--val", "other.csv") == 0
         assert read_json("parts")["videos"] == 1
         assert run(finetune, *common, "parts", "--lr", 0.5) == 2
         assert "0.5" in capsys.readouterr().err
@@ -630,7 +599,7 @@ class TestFineTuning:
         ("k400 --init run", dict(frames=8, stride=1, size=32)),
         ("k400 --init run --size 64 --stride 3", dict(frames=8, stride=3, size=64)),
         ("k400 --init other.pt", dict(frames=4, stride=4, size=16))])  # which tells no stride
-    def test_recipes_are_the_published_ones_and_clips_the_run_s(self, flags, wanted, toy):
+    def test_recipes_are_the_published_ones_and_clips_the_run_s(self, flags, wanted, here):
         torch.save(saved("run/last.pt") | {"args": {"frames": 4, "size": 16}}, "other.pt")
         args, _ = finetune.parse(["--data", *flags.split()])
         assert vars(args) | wanted == vars(args)
@@ -644,11 +613,11 @@ class TestFineTuning:
         # Drop path would draw other numbers.
         (finetune, "top1", *(["--freeze", "--lr", 1, "--batch-size", n] for n in (4, 2))),
         (features, "knn", ["--knn"], ["--knn"])])
-    def test_two_processes_with_uneven_shares_get_one_s_accuracy(self, script, key, one, two, toy):
+    def test_two_processes_with_uneven_shares_get_one_s_accuracy(self, script, key, one, two, here):
         put_lists(lambda i: i % 3)
         flags = ["--data", "set", "--init", "run", "--workers", 0, "--out"]
         assert run(script, *flags, "one", *one) == 0
-        assert "6.mp4" in two_processes(script, *flags, "two", *two)
+        assert "6.mp4" in in_two_processes(script.main, *flags, "two", *two)
         one, two = read_json("one"), read_json("two")
         assert one[key] == two[key] and (two["videos"], two["unreadable"]) == (11, 1)
 
@@ -777,13 +746,12 @@ class TestVideos:
     def test_prepare_killed_leaves_only_complete_files(self):
         for i in range(4):
             write_frames(f"a/{i}.mp4", NOISE[:30])
-        process = subprocess.Popen([sys.executable, videos.__file__, "prepare", "a", "b",
-                                    "--workers", "0"], stderr=subprocess.DEVNULL)
+        process, _ = start_apart(launch, videos.main, ["prepare", "a", "b", "--workers", "0"])
         while not list(Path("b").glob("*.mp4")):
-            with pytest.raises(subprocess.TimeoutExpired):  # it still runs
-                process.wait(0.05)
+            assert process.is_alive()
+            process.join(0.01)
         process.kill()
-        process.wait()
+        process.join()
         done = list(Path("b").glob("*.mp4"))
         assert len(done) < 4 and all(len(decode(p, lambda n: [range(n)])[0]) == 30 for p in done)
         assert run(videos, "prepare", "a", "b", "--workers", 0) == 0
@@ -938,9 +906,10 @@ class TestWeights:
 
 class TestBench:
     @pytest.fixture
-    def figures(self, toy, monkeypatch):
+    def figures(self, here, monkeypatch):
         """What bench.py finds with flags, each time as if it were a second."""
         monkeypatch.setattr(bench, "seconds", lambda work: work() is None or 1)
+        monkeypatch.setattr(bench, "SIDE", 64)  # of the matrices whose product is timed
         monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
 
         def found(*flags):
@@ -1092,7 +1061,7 @@ class TestPictures:
     @pytest.mark.parametrize("target, more", [
         ("pixel", set()), ("l2", set()),  # they have no prototypes to show
         ("mlp", {"prototypes.png", "clusters.png", "clusters.mp4"})])
-    def test_pictures_and_a_video_that_plays_are_written(self, target, more, toy):
+    def test_pictures_and_a_video_that_plays_are_written(self, target, more, here):
         assert run(train, "--target", target, "--max-steps", 1, "--out", "new") == 0
         assert run(pictures, "new", "--split", "val", "--out", "shown") == 0
         assert set(os.listdir("shown")) == {"masks.png", "components.png"} | more
@@ -1210,7 +1179,7 @@ class TestMotion:
         assert all(torch.equal(mask, alone[1]) for _, mask in (shared, again, third))
         assert not torch.equal(alone[1], still[1])
 
-    def test_training_with_motion_masks_resumes_exactly(self, toy, capsys):
+    def test_training_with_motion_masks_resumes_exactly(self, here, capsys):
         flags = ["--epochs", "2", "--batch-size", "16", "--accum", "1", "--out"]
         assert run(motion, "train", *flags, "whole") == 0
         assert run(motion, "train", *flags, "parts", "--max-steps", 3) == 0
@@ -1307,16 +1276,16 @@ class TestSegment:
         torch.save(content, "damaged.pt")
         return ["--init", "damaged.pt"]
 
-    def test_the_tokens_of_a_layer_come_from_the_blocks_up_to_it_alone(self, toy):
+    def test_the_tokens_of_a_layer_come_from_the_blocks_up_to_it_alone(self, here):
         """Neither later blocks, damaged here, nor the last norm have a part in them."""
         flags = self.write_davis() + self.damaged(r"encoder\.(blocks|norm)", torch.nan, first=2)
         assert [run(segment, *flags, "--layer", n) for n in (2, 3)] == [0, 1]
 
-    def test_layers_that_the_encoder_lacks_are_refused(self, toy, capsys):
+    def test_layers_that_the_encoder_lacks_are_refused(self, here, capsys):
         flags = self.write_davis() + ["--init", "run", "--layer", 5]
         assert run(segment, *flags) == 2 and "--layer" in capsys.readouterr().err
 
-    def test_what_overflows_in_fp16_is_computed_in_float32(self, toy, capsys):
+    def test_what_overflows_in_fp16_is_computed_in_float32(self, here, capsys):
         flags = self.write_davis() + self.damaged(r"patch_embed\.proj\.bias", 1e6)
         scores = []
         for amp in ("off", "fp16"):
@@ -1324,23 +1293,23 @@ class TestSegment:
             scores.append(read_json("out")["videos"])
         assert scores[0] == scores[1] and "float32" in capsys.readouterr().out
 
-    def test_tokens_that_are_not_finite_end_it(self, toy, capsys):
+    def test_tokens_that_are_not_finite_end_it(self, here, capsys):
         flags = self.write_davis() + self.damaged(r"patch_embed\.proj\.bias", torch.nan)
         assert run(segment, *flags) == 1 and "not finite" in capsys.readouterr().err
 
-    def test_an_unreadable_image_ends_it_by_name(self, toy, capsys):
+    def test_an_unreadable_image_ends_it_by_name(self, here, capsys):
         flags = self.write_davis()
         put({"JPEGImages/v/2.jpg": "no image"})
         assert run(segment, *flags, "--init", "run") == 2
         assert "v/2.jpg" in capsys.readouterr().err
 
-    def test_more_than_16_segments_are_refused_by_name(self, toy, capsys):
+    def test_more_than_16_segments_are_refused_by_name(self, here, capsys):
         """To match them would take minutes."""
         flags = self.write_davis(torch.arange(17)[:, None].repeat_interleave(3, 0).expand(51, 48))
         assert run(segment, *flags, "--init", "run", "--size", 64) == 2
         assert "v/0.png" in capsys.readouterr().err
 
-    def test_videos_of_any_length_and_missing_segments(self, toy):
+    def test_videos_of_any_length_and_missing_segments(self, here):
         """One object leaves; frames without annotation; two processes give what one gives."""
         for video, length in (("a", 3), ("b", 9)):
             frames, masks = Path("JPEGImages/480p", video), Path("Annotations/480p", video)
@@ -1356,7 +1325,7 @@ class TestSegment:
         one = read_json("one")
         assert set(one["videos"]) == {"a", "b"} and 0 < one["clustering"][0] <= 1
         assert decode("one/b.mp4", lambda n: [[0]])[0].shape[-2:] == (32, 128)
-        assert two_processes(segment, *flags, "two").count("mIoU") == 2
+        assert in_two_processes(segment.main, *flags, "two").count("mIoU") == 2
         assert read_json("two")["videos"] == one["videos"]
         assert run(segment, "--root", "one") == 2
         assert run(segment, "--root", ".", "--init", "run", "--out", "trained") == 0
@@ -1364,7 +1333,7 @@ class TestSegment:
         assert (trained["frames"], trained["size"]) == (8, 32)
 
 
-def test_what_scripts_write_has_the_mode_that_the_umask_asks_for(toy):
+def test_what_scripts_write_has_the_mode_that_the_umask_asks_for(here):
     put({"v.mp4": 90}, "set")
     hf = "safetensors" if importlib.util.find_spec("safetensors") else "bin"
     umask = os.umask(0o027)
@@ -1398,7 +1367,7 @@ class TestPages:
             said = re.findall(r"^(?:print\(.*\)  )?# (.*)$", snippet, re.M)
             assert said == capsys.readouterr().out.splitlines(), snippet
 
-    def test_ideas_run_and_resume_under_their_own_name_only(self, toy):
+    def test_ideas_run_and_resume_under_their_own_name_only(self, here):
         ideas = dict.fromkeys(("BlockMask", "Centred", "MovingAverage"))
         space = {}
         exec(self.snippets("ideas.md")[0], space)
@@ -1408,7 +1377,7 @@ class TestPages:
             assert run(train, "--max-steps", 2, "--out", out) == 2  # without the class
         train.main(["--max-steps", "2"], model_class=space["MovingAverage"])
 
-    def test_an_idea_of_a_moving_average_follows_the_encoder_slowly(self, toy):
+    def test_an_idea_of_a_moving_average_follows_the_encoder_slowly(self, here):
         space = {}
         exec(self.snippets("ideas.md")[0], space)
         model = space["MovingAverage"](**sigma.sizes_for("tiny"))
@@ -1419,7 +1388,7 @@ class TestPages:
         for name, weight in model.average.state_dict().items():
             assert torch.allclose(weight, before[name] + 0.004, atol=1e-5)
 
-    def test_an_idea_of_a_mask_and_of_an_assignment_do_what_they_say(self, toy):
+    def test_an_idea_of_a_mask_and_of_an_assignment_do_what_they_say(self, here):
         space = {}
         exec(self.snippets("ideas.md")[0], space)
         clips = space["BlockMask"]([], frames=8, stride=1, size=32, tube=(4, 8, 8), repeat=3)
@@ -1428,7 +1397,7 @@ class TestPages:
         scores = torch.tensor([[0.9, 0.0], [0.9, 0.4], [0.8, 0.0]])
         assert space["Centred"].assign(None, scores).tolist() == [0, 1, 0]
 
-    def test_teachers_and_a_model_of_transformers_run(self, toy, capsys):
+    def test_teachers_and_a_model_of_transformers_run(self, here, capsys):
         pytest.importorskip("transformers")
         space = {}
         for snippet in self.snippets("ideas.md"):
