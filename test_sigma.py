@@ -214,29 +214,37 @@ class TestMethod:
         for name, numbers in (wanted | gradients).items():
             assert found[name] == pytest.approx(numbers, rel=1e-10, abs=1e-10), name
 
-    def test_positions_and_masks_are_as_published(self):
-        """Sinusoids; each clip's tubes are hidden at its own positions, the same in all slices."""
+    def test_positions_are_sinusoids(self):
         angle = torch.arange(50)[:, None] / 10000 ** (torch.arange(0, 8, 2) / 8)
         wanted = torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)
         assert torch.allclose(sigma.positions(50, 8), wanted, atol=1e-5)
+
+    def test_each_clip_s_tubes_are_hidden_at_places_of_its_own_in_all_slices(self):
         slices = tube_mask(6, (8, 14, 14)).view(6, 8, 196)
         assert (slices.sum(dim=2) == 176).all() and (slices == slices[:, :1]).all()
         assert len(slices[:, 0].unique(dim=0)) == 6
 
-    def test_the_video_model_written_out(self):
-        """The encoder is its blocks on visible tokens; the decoder sees them, then mask tokens."""
+    def test_tubes_come_in_the_order_time_row_column(self):
         assert torch.equal(VIDEO, rearrange(sigma.take_tubes(VIDEO, TUBE), "b (t h w) c p q r -> "
                                             "b c (t p) (h q) (w r)", t=2, h=4))
-        model, encoder = small(), small().encoder
+
+    def test_the_encoder_is_its_blocks_on_visible_tokens(self):
+        encoder = small().encoder
         tokens = encoder.patch_embed.proj(VIDEO).flatten(2).mT + sigma.positions(32, 32)
         tokens = encoder.norm(encoder.blocks(tokens[~MASK].view(4, 8, 32)))
         assert torch.allclose(encoder(VIDEO, VISIBLE), tokens, atol=1e-12)
         assert torch.equal(encoder(VIDEO), encoder(VIDEO, torch.arange(32).expand(4, -1)))
+
+    def test_the_encoder_sees_nothing_of_hidden_tubes(self):
         hidden_pixels = F.interpolate(MASK.view(4, 1, *GRID).double(), SIZE)
+        encoder = small().encoder
         assert torch.equal(encoder(VIDEO, VISIBLE), encoder(VIDEO + hidden_pixels, VISIBLE))
-        place = sigma.positions(32, 16).double().expand(4, -1, -1)
-        seen = model.encoder_to_decoder(tokens) + place[~MASK].view(4, 8, 16)
-        x = torch.cat([seen, model.mask_token + place[MASK].view(4, 24, 16)], dim=1)
+
+    def test_the_decoder_sees_visible_tokens_and_then_mask_tokens(self):
+        model, place = small(), sigma.positions(32, 16).double().expand(4, -1, -1)
+        seen = model.encoder_to_decoder(model.encoder(VIDEO, VISIBLE))
+        x = torch.cat([seen + place[~MASK].view(4, 8, 16),
+                       model.mask_token + place[MASK].view(4, 24, 16)], dim=1)
         wanted = model.decoder.head(model.decoder.norm(model.decoder.blocks(x)))[:, 8:]
         assert torch.allclose(model.predict(VIDEO, VISIBLE, HIDDEN), wanted, atol=1e-12)
 
@@ -310,15 +318,17 @@ class TestMethod:
         loss, _ = model(torch.randn(4, 3, 16, 64, 64), tube_mask(4, (8, 8, 8)))
         assert 0.9 < loss / math.log(500) / 2 < 1.1
 
-    def test_sizes_that_do_not_fit_and_uneven_masks_stop(self):
-        model, uneven = small(), MASK ^ (torch.arange(128).view(4, 32) == 0)
-        assert model.encoder(torch.zeros(1, 3, 2, 328, 16).double()).shape == (1, 82, 32)
-        for call, words in ((lambda: model.encoder(VIDEO[..., :30, :]), "4, 30, 32"),
-                            (lambda: model(VIDEO, MASK[:, :31]), "4, 32"),
-                            (lambda: model(VIDEO, uneven), "same number"),
-                            (lambda: small("dino")(VIDEO, MASK), "Teacher")):
-            with pytest.raises(ValueError, match=words):
-                call()
+    def test_clips_of_any_size_that_the_tube_divides_are_encoded(self):
+        assert small().encoder(torch.zeros(1, 3, 2, 328, 16).double()).shape == (1, 82, 32)
+
+    @pytest.mark.parametrize("call, words", [
+        (lambda model: model.encoder(VIDEO[..., :30, :]), "4, 30, 32"),
+        (lambda model: model(VIDEO, MASK[:, :31]), "4, 32"),
+        (lambda model: model(VIDEO, MASK ^ (torch.arange(128).view(4, 32) == 0)), "same number"),
+        (lambda model: small("dino")(VIDEO, MASK), "Teacher")])
+    def test_sizes_that_do_not_fit_and_uneven_masks_stop(self, call, words):
+        with pytest.raises(ValueError, match=words):
+            call(small())
 
     @pytest.mark.parametrize("recompute, compiled", [(True, False), (False, True)])
     def test_recomputed_or_compiled_blocks_give_the_same_gradient(
@@ -381,9 +391,9 @@ class TestMethod:
         assert [found.norm(), (found * ramp).sum()] == pytest.approx(FIGURES[kind], rel=1e-4)
 
     @pytest.mark.parametrize("registers", [0, 4])
-    def test_what_surrounds_a_teacher_s_weights_changes_nothing(self, registers):
+    def test_names_and_wrappers_of_a_teacher_s_weights_change_nothing(self, registers):
         """Wrappers of training code, heads, MAE's decoder, chunks of blocks; iBOT's and timm's
-        names for the same; half precision is read too."""
+        names for the same."""
         plain, video = dinov2_by_formula(registers), torch.randn(1, 3, 2, 42, 42)
         wanted = Teacher(plain, (2, 14, 14))(video)
         more = plain | {name: torch.ones(2) for name in (
@@ -393,7 +403,6 @@ class TestMethod:
         timm = {n.replace("register_tokens", "reg_token"): w for n, w in plain.items()}
         place = timm["pos_embed"].split([1, 9], dim=1)
         timm |= {"cls_token": timm["cls_token"] + place[0], "pos_embed": place[1]}
-        half = {n: w.half() for n, w in plain.items()}
         student = {n: w + 1 for n, w in plain.items()}
         both = ("student", student), ("teacher", plain)
         train = {f"{who}.backbone.{n}": w for who, part in both
@@ -404,7 +413,14 @@ class TestMethod:
                         {"state_dict": {f"model.{n}": w for n, w in plain.items()}}):
             found = Teacher(sigma.plain_weights(content, "a.pth"), (2, 14, 14))(video)
             assert torch.allclose(found, wanted, atol=1e-5)
-        assert torch.allclose(Teacher(half, (2, 14, 14))(video), wanted, atol=0.05)
+
+    def test_a_teacher_in_half_precision_is_read(self):
+        plain, video = dinov2_by_formula(), torch.randn(1, 3, 2, 42, 42)
+        half = {name: w.half() for name, w in plain.items()}
+        assert torch.allclose(*(Teacher(x, (2, 14, 14))(video) for x in (plain, half)), atol=0.05)
+
+    def test_a_teacher_without_biases_has_them_at_zero(self):
+        plain, video = dinov2_by_formula(), torch.randn(1, 3, 2, 42, 42)
         biases = {n: w for n, w in plain.items() if "qkv.bias" not in n}
         zeros = plain | {n: w * 0 for n, w in plain.items() if "qkv.bias" in n}
         assert torch.equal(*(Teacher(x, (2, 14, 14))(video) for x in (biases, zeros)))
@@ -417,15 +433,18 @@ class TestMethod:
         with pytest.raises(UserError, match=word):
             Teacher(dinov2_by_formula() | {name: torch.ones(2)})
 
-    def test_a_teacher_in_other_names_or_widths_is_refused(self):
-        with pytest.raises(UserError, match="Hugging Face"):
-            Teacher({"embeddings.cls_token": torch.ones(1, 1, 64)})
-        with pytest.raises(UserError, match="96 wide"):
-            Teacher(dinov2_by_formula(dim=96))
-        for content, word in (({"net": {}}, "net"),
-                              ({"a": torch.tensor([math.nan])}, "not finite: a")):
-            with pytest.raises(UserError, match=word):
-                sigma.plain_weights(content, "a.pth")
+    @pytest.mark.parametrize("weights, word", [
+        ({"embeddings.cls_token": torch.ones(1, 1, 64)}, "Hugging Face"),
+        (dinov2_by_formula(dim=96), "96 wide")])
+    def test_a_teacher_in_other_names_or_widths_is_refused(self, weights, word):
+        with pytest.raises(UserError, match=word):
+            Teacher(weights)
+
+    @pytest.mark.parametrize("content, word", [
+        ({"net": {}}, "net"), ({"a": torch.tensor([math.nan])}, "not finite: a")])
+    def test_what_is_no_weight_or_not_finite_is_named(self, content, word):
+        with pytest.raises(UserError, match=word):
+            sigma.plain_weights(content, "a.pth")
 
     def test_checkpoints_load_strictly_or_stop(self):
         model, loaders = small(), (load_model, sigma.load_encoder)
@@ -763,45 +782,68 @@ class TestData:
 
     def test_classes_are_numbered_once_by_name_for_all_splits(self):
         touch("a/train/clap/1.mp4", "a/train/run/2.mp4", "a/train/wave/3.mp4", "a/val/wave/4.mp4",
-            "b/wave/5.mp4", "b/run/6.mp4", "c/swim/7.mp4")
+            "b/wave/5.mp4", "b/run/6.mp4")
         classes = data.find_videos("a")[1]
         assert found("a", ("val", "test"), classes) == {"4.mp4": 2}
         assert found("b", ("val", ""), classes) == {"5.mp4": 2, "6.mp4": 1}
-        with pytest.raises(UserError, match="swim"):  # a class that training lacks
-            data.find_videos("c", ("val", ""), classes)
 
-    def test_clips_start_anywhere_and_corner_crops_are_the_published(self):
+    def test_a_class_that_training_lacks_is_refused(self):
+        touch("c/swim/7.mp4")
+        with pytest.raises(UserError, match="swim"):
+            data.find_videos("c", ("val", ""), ["run", "wave"])
+
+    def test_clips_start_anywhere(self):
         clips = {tuple(data.pretraining_frames(70, 16, 4)) for _ in range(300)}
         assert clips == {tuple(range(start, start + 64, 4)) for start in range(7)}
+
+    def test_corner_crops_are_the_published(self):
         boxes, sides = {data.corner_crop(240, 320) for _ in range(4000)}, [240, 210, 180, 158]
         assert {(h, w) for _, _, h, w in boxes} == {
             (a, b) for i, a in enumerate(sides) for j, b in enumerate(sides) if abs(i - j) <= 1}
         places = {(top, left) for top, left, h, w in boxes if (h, w) == (180, 180)}
         assert places == {(15 * i, 35 * j) for i in range(5) for j in range(i % 2, 5, 2)}
 
-    def test_the_same_key_gives_the_same_clips_in_any_worker(self, monkeypatch):
-        """Another pass gives others, and so does a repeat, from the same decoding."""
+    def test_the_same_key_gives_the_same_clips_in_any_worker(self):
+        write_numbered("v.mp4")
+        alone, shared = (next(running.loader(clips_of_folder(repeat=2), 2, [(0, 0), (4, 0)], n))
+                         for n in (0, 2))
+        assert alone.video.shape == (4, 3, 4, 32, 32)
+        assert all(torch.equal(one, two) for one, two in zip(alone[:2], shared[:2]))
+
+    def test_repeats_and_passes_have_clips_and_masks_of_their_own(self, monkeypatch):
+        """Repeats come from one decoding."""
         calls, decode = [], data.decode
         monkeypatch.setattr(data, "decode", lambda *a, **o: calls.append(a) or decode(*a, **o))
         write_numbered("v.mp4")
-        clips, keys = clips_of_folder(repeat=2), [(0, 0), (4, 0)]
-        alone, shared = (next(running.loader(clips, 2, keys, workers)) for workers in (0, 2))
-        for one, two in zip(alone[:2], shared[:2]):
-            assert torch.equal(one, two) and len(one.flatten(1).unique(dim=0)) == 4
-        assert len(calls) == 2 and alone.video.shape == (4, 3, 4, 32, 32)
-        wanted = ((alone.video / 255 - MEAN) / STD).float()
-        assert torch.allclose(data.normalise(alone.video, "cpu"), wanted, atol=1e-5)
+        batch = next(running.loader(clips_of_folder(repeat=2), 2, [(0, 0), (4, 0)], 0))
+        assert len(calls) == 2
+        assert all(len(x.flatten(1).unique(dim=0)) == 4 for x in (batch.video, batch.mask))
 
-    @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-    def test_an_unreadable_video_is_replaced_and_named(self):
-        """A thousand clips leave no open files or memory behind."""
+    def test_clips_are_normalised_by_imagenet_s_mean_and_deviation(self):
+        video = torch.randint(256, (2, 3, 4, 8, 8)).byte()
+        wanted = ((video / 255 - MEAN) / STD).float()
+        assert torch.allclose(data.normalise(video, "cpu"), wanted, atol=1e-5)
+
+    def damage_one(self):
+        """Of two videos, the second."""
         write_numbered("a.mp4", bf="2", g="12")
         Path("b.mp4").write_bytes(Path("a.mp4").read_bytes()[:2000])
-        clips, used = clips_of_folder(), []
-        *_, index, bad = clips[0, 1]
+
+    def test_an_unreadable_video_is_replaced_and_named(self):
+        self.damage_one()
+        *_, index, bad = clips_of_folder()[0, 1]
         assert index == 0 and "b.mp4" in str(bad) and "damaged" in str(bad)
-        black, _, label, _, bad = clips_of_folder(tries=1)[0, 1]  # evaluation replaces none
+
+    def test_after_all_tries_a_clip_is_black_and_without_a_label(self):
+        """Evaluation tries once."""
+        self.damage_one()
+        black, _, label, _, bad = clips_of_folder(tries=1)[0, 1]
         assert label == -1 and len(bad) == 1 and not black.any()
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+    def test_a_thousand_clips_leave_no_open_files_or_memory_behind(self):
+        self.damage_one()
+        clips, used = clips_of_folder(), []
         for i in range(1000):
             clips[i, i % 2]
             pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -1000,14 +1042,23 @@ def two_limits():
 
 
 class TestTraining:
-    def test_a_run_learns_and_leaves_results_that_a_second_shows(self, here, capsys):
-        log, results = log_of(OUT), read_json(OUT)
+    def test_a_run_learns(self, here):
+        log = log_of(OUT)
         assert log[-1]["step"] == 20 and log[-1]["loss"] < log[0]["loss"]
-        assert [line["epoch"] for line in log if "knn" in line] == [4, 8]
+
+    def test_probes_come_when_they_are_asked_for_and_at_the_end(self, here):
+        results = read_json(OUT)
+        assert [line["epoch"] for line in log_of(OUT) if "knn" in line] == [4, 8]
         assert {"linear_probe", "knn"} == set(results["untrained"]) == set(results["trained"])
+
+    def test_checkpoints_are_kept_when_asked_for(self, here):
+        assert sorted(path.name for path in Path(OUT).glob("epoch*")) == [
+            "epoch-0005.pt", "epoch-0010.pt"]
         assert saved(f"{OUT}/epoch-0005.pt")["clips_seen"] == 5 * 64
+
+    def test_a_finished_run_shows_its_results(self, here, capsys):
         assert run(train, *RUN, "--out", OUT) == 0
-        assert str(results["trained"]["knn"]) in capsys.readouterr().out
+        assert str(read_json(OUT)["trained"]["knn"]) in capsys.readouterr().out
 
     def test_a_stopped_or_killed_run_goes_on_bit_for_bit(self, here):
         """Killed with SIGKILL at any moment; the log has each step once; no drafts are left."""
@@ -1151,12 +1202,18 @@ class TestTraining:
         args = train.parse(["--data", "k400", *flags.split()])
         assert train.split_batch(args, world, videos) == wanted
 
-    def test_recipes_and_schedule_are_as_published(self):
-        for flags, *wanted in (["k400", 16, 4, 800, 0.05, 640], ["ssv2", 16, 2, 800, 0.03, 512],
-                               ["ssv2 --model small", 16, 2, 2400, 0.05, 128]):
-            args = train.parse(["--data", *flags.split()])
-            assert [args.frames, args.stride, args.epochs, args.eps, args.global_batch] == wanted
-            assert args.prototypes == 3000 and args.ratio == 0.9
+    @pytest.mark.parametrize("flags, wanted", [
+        ("k400", [16, 4, 800, 0.05, 640]), ("ssv2", [16, 2, 800, 0.03, 512]),
+        ("ssv2 --model small", [16, 2, 2400, 0.05, 128])])
+    def test_recipes_are_as_published(self, flags, wanted):
+        args = train.parse(["--data", *flags.split()])
+        assert [args.frames, args.stride, args.epochs, args.eps, args.global_batch] == wanted
+        assert args.prototypes == 3000 and args.ratio == 0.9 and args.warmup == 40
+
+    def test_a_run_is_named_after_data_model_and_target(self):
+        assert train.parse(["--data", "a/b.csv"]).out == "out/b-base-mlp"
+
+    def test_the_learning_rate_rises_linearly_and_falls_like_a_cosine(self):
         rate = [train.learning_rate(step, 100, 10, 1.0, 0.1) for step in range(100)]
         assert rate[0] == 0 and rate[3] == pytest.approx(3 / 9) and rate[9] == rate[10] == 1
         assert rate[55] == pytest.approx(0.55) and rate[-1] == pytest.approx(0.1, abs=1e-3)
@@ -1190,14 +1247,16 @@ class TestTraining:
         assert small["loss"] == pytest.approx(large["loss"], rel=1e-5)
         assert small["grad_norm"] == pytest.approx(large["grad_norm"], rel=1e-4)
 
-    def test_collapsed_features_are_told_and_said_once(self, here, capsys, monkeypatch):
+    @pytest.mark.parametrize("change, tubes, wanted", [
+        ({}, 50_000, False), (dict(video_entropy=6), 1000, False),  # few tubes
+        (dict(projection_entropy=4.5), 50_000, True), (dict(video_term=8.01), 50_000, True),
+        (dict(projection_term=0.1), 50_000, True)])
+    def test_collapsed_features_are_told_by_a_log_line(self, change, tubes, wanted):
         healthy = dict(projection_term=7.1, video_term=7.4, video_entropy=7.8,
                        projection_entropy=7.8)
-        assert not running.collapsed(healthy, 2981, 50_000)
-        assert not running.collapsed(healthy | dict(video_entropy=6), 2981, 1000)  # few tubes
-        for change in (dict(projection_entropy=4.5), dict(video_term=8.01),
-                       dict(projection_term=0.1)):
-            assert running.collapsed(healthy | change, 2981, 50_000)
+        assert running.collapsed(healthy | change, 2981, tubes) == wanted
+
+    def test_collapsed_features_are_said_once(self, here, capsys, monkeypatch):
         monkeypatch.setattr(running, "LOG_STEPS", 1)
         monkeypatch.setattr(running, "collapsed", lambda *_: True)
         assert run(train, "--epochs", 13, "--out", "collapsed") == 0

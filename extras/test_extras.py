@@ -99,11 +99,11 @@ def feature_at(start):
 
 class TestFeatures:
     def test_features_come_in_list_order_for_readable_videos(self, here, capsys):
+        """Of the centre clip, which here is the whole video: the mean over its tokens, or these."""
         put_greys(6, bad=4)
         put({"list.csv": "".join(f"{i}.mp4 {i}\n" for i in (5, 2, 4, 0))}, "set")
         flags = ["--init", "run", "--data", "set/list.csv", "--out"]
         assert run(features, *flags, "out") == 0 and "4.mp4" in capsys.readouterr().out
-        assert run(features, *flags, "out") == 2  # nothing is overwritten
         assert run(features, *flags, "tokens", "--tokens") == 0
         tokens, pooled = saved("tokens/features.pt"), saved("out/features.pt")
         assert pooled["paths"] == ["set/5.mp4", "set/2.mp4", "set/0.mp4"]
@@ -112,6 +112,16 @@ class TestFeatures:
         wanted = load_encoder("run")(normalise(clips.transpose(1, 2), "cpu"))
         assert torch.allclose(tokens["features"], wanted, atol=1e-4)
         assert torch.allclose(pooled["features"], wanted.mean(dim=1), atol=1e-4)
+
+    def test_features_are_not_overwritten(self, here):
+        put({"features.pt": "mine"}, "out")
+        assert run(features, "--init", "run", "--data", "toy", "--out", "out") == 2
+        assert Path("out/features.pt").read_text() == "mine"
+
+    def test_a_long_video_s_features_are_those_of_its_middle(self, here):
+        write_frames("set/v.mp4", NOISE)
+        assert run(features, "--init", "run", "--data", "set", "--stride", 2, "--out", "out") == 0
+        assert torch.allclose(saved("out/features.pt")["features"][0], feature_at(12), atol=1e-4)
 
     def test_k_nn_without_labels_is_refused(self, here):
         put({"a/0.mp4": 0}, "set")
@@ -136,6 +146,37 @@ class TestFeatures:
     def test_the_old_flag_names_the_new_script(self, here, capsys):
         assert run(features, *WINDOWS, "out") == 2
         assert capsys.readouterr().err.strip().endswith("python extras/windows.py")
+
+    def test_a_checkpoint_without_flags_gives_features_too(self, here):
+        put_greys(2)
+        content = saved("run/last.pt")
+        del content["args"]
+        torch.save(content, "bare.pt")
+        clip = ["--frames", 8, "--stride", 1, "--size", 32]
+        assert run(features, "--init", "bare.pt", "--data", "set", *clip, "--out", "out") == 0
+
+    def test_features_that_are_not_finite_are_not_written(self, here, capsys):
+        """Neither of videos nor of windows."""
+        put_greys(2)
+        content = saved("run/last.pt")
+        content["model"]["encoder.norm.bias"][0] = torch.nan
+        torch.save(content, "nan.pt")
+        assert run(features, "--init", "nan.pt", "--data", "set", "--out", "out") == 1
+        assert run(windows, "--init", "nan.pt", "--data", "set", "--window", 8, "--out", "w") == 1
+        assert capsys.readouterr().err.count("not finite") == 2
+        assert not list(Path(".").glob("*/*.npy")) and not Path("out/features.pt").exists()
+
+    def test_test_videos_that_are_missing_are_counted(self, here):
+        """k-NN and a fine-tuned accuracy say of how many videos of how many named they are."""
+        put_greys(6)
+        lines = "".join(f"{i}.mp4 {i % 2}\n" for i in range(6))
+        put({"train.csv": lines, "val.csv": lines + "gone.mp4 1\nlost.mp4 0\n"}, "set")
+        for script, more in ((features, ["--knn"]), (finetune, ["--freeze", "--epochs", 1])):
+            out = script.__name__.split(".")[-1]
+            assert run(script, "--init", "run", "--data", "set", *more, "--out", out) == 0
+            results = read_json(out)
+            assert (results["videos"], results["named"], results["missing"]) == (6, 8, 2)
+            assert "gone.mp4" in results["first_missing"]
 
 
 class TestWindows:
@@ -178,13 +219,17 @@ class TestWindows:
         assert torch.equal(found[2:4], found[[1, 1]]) and torch.equal(found[4:6], found[[6, 6]])
         assert torch.allclose(found[6], feature_at(24), atol=1e-5)
 
-    def test_windows_resume_with_the_same_settings_and_stop_with_others(self, here, capsys):
+    def test_windows_resume_and_name_what_is_unreadable(self, here, capsys):
         put_greys(3, bad=1)
         assert run(windows, *WINDOWS, "out") == 0 and "1.mp4" in capsys.readouterr().out
         before = os.stat("out/0.npy").st_mtime_ns
         os.remove("out/2.npy")
         assert run(windows, *WINDOWS, "out") == 0
         assert Path("out/2.npy").exists() and os.stat("out/0.npy").st_mtime_ns == before
+
+    def test_windows_of_other_settings_or_of_unknown_ones_are_not_mixed(self, here):
+        put_greys(1)
+        assert run(windows, *WINDOWS, "out") == 0
         assert run(windows, *WINDOWS, "out", "--step", 8) == 2
         os.remove("out/windows.json")
         assert run(windows, *WINDOWS, "out") == 2
@@ -204,37 +249,6 @@ class TestWindows:
         for path in files:
             assert path.read_bytes() == Path("two", path.name).read_bytes()
 
-
-    def test_a_checkpoint_without_flags_gives_features_too(self, here):
-        put_greys(2)
-        content = saved("run/last.pt")
-        del content["args"]
-        torch.save(content, "bare.pt")
-        clip = ["--frames", 8, "--stride", 1, "--size", 32]
-        assert run(features, "--init", "bare.pt", "--data", "set", *clip, "--out", "out") == 0
-
-    def test_features_that_are_not_finite_are_not_written(self, here, capsys):
-        """Neither of videos nor of windows."""
-        put_greys(2)
-        content = saved("run/last.pt")
-        content["model"]["encoder.norm.bias"][0] = torch.nan
-        torch.save(content, "nan.pt")
-        assert run(features, "--init", "nan.pt", "--data", "set", "--out", "out") == 1
-        assert run(windows, "--init", "nan.pt", "--data", "set", "--window", 8, "--out", "w") == 1
-        assert capsys.readouterr().err.count("not finite") == 2
-        assert not list(Path(".").glob("*/*.npy")) and not Path("out/features.pt").exists()
-
-    def test_test_videos_that_are_missing_are_counted(self, here):
-        """k-NN and a fine-tuned accuracy say of how many videos of how many named they are."""
-        put_greys(6)
-        lines = "".join(f"{i}.mp4 {i % 2}\n" for i in range(6))
-        put({"train.csv": lines, "val.csv": lines + "gone.mp4 1\nlost.mp4 0\n"}, "set")
-        for script, more in ((features, ["--knn"]), (finetune, ["--freeze", "--epochs", 1])):
-            out = script.__name__.split(".")[-1]
-            assert run(script, "--init", "run", "--data", "set", *more, "--out", out) == 0
-            results = read_json(out)
-            assert (results["videos"], results["named"], results["missing"]) == (6, 8, 2)
-            assert "gone.mp4" in results["first_missing"]
 
 
 @pytest.fixture
@@ -265,23 +279,27 @@ def unmixed(monkeypatch):
 
 
 class TestFineTuning:
-    def test_a_classifier_its_drop_path_and_its_learning_rates(self):
-        encoder = Encoder(dim=32, depth=2, heads=2, tube=(2, 8, 8))
-        model, video = Classifier(encoder, 5, 0.25).double(), torch.randn(2, 3, 4, 32, 32).double()
-        assert 0 < model.head.weight.abs().max() < 1e-4 and not model.head.bias.any()
-        first, last, x = *(block.attn for block in encoder.blocks), torch.randn(1, 3, 32).double()
+    def test_a_head_starts_near_zero(self):
+        head = Classifier(Encoder(dim=32, depth=1, heads=2), 5).head
+        assert 0 < head.weight.abs().max() < 1e-4 and not head.bias.any()
+
+    def test_drop_path_skips_a_clip_or_scales_it_up(self):
+        """All its tokens alike, so that the mean stays."""
+        encoder = Encoder(dim=32, depth=2, heads=2)
+        Classifier(encoder, 5, 0.25)
+        last, x = encoder.blocks[1].attn.double(), torch.randn(1, 3, 32).double()
         kept = (last(x.expand(4000, -1, -1)) / last.eval()(x)).flatten(1)
         assert set(kept[:, 0].round(decimals=6).tolist()) == {0, round(1 / 0.75, 6)}
         assert torch.allclose(kept, kept[:, :1]) and 0.95 < kept.mean() < 1.05
-        assert torch.allclose(first(x), first.eval()(x))
+
+    def test_a_classifier_norms_the_mean_of_all_tokens(self):
+        """The encoder's own last norm is left out."""
+        encoder = Encoder(dim=32, depth=2, heads=2, tube=(2, 8, 8))
+        nn.init.normal_(encoder.norm.weight)
+        model, video = Classifier(encoder, 5).eval(), torch.randn(2, 3, 4, 32, 32)
         tokens = encoder.patch_embed(sigma.take_tubes(video, (2, 8, 8))) + sigma.positions(32, 32)
-        pooled = F.layer_norm(encoder.blocks.eval()(tokens).mean(dim=1), (32,), eps=1e-6)
-        assert torch.allclose(model.eval()(video), pooled @ model.head.weight.T, atol=1e-12)
-        rates = {p: (group["scale"], group["weight_decay"])
-                 for group in finetune.make_optimizer(model).param_groups for p in group["params"]}
-        assert rates.keys() == set(model.parameters()) and rates[model.head.weight] == (1, 0.05)
-        assert rates[first.q_bias] == (0.75 ** 2, 0)
-        assert rates[encoder.patch_embed.proj.weight] == (0.75 ** 3, 0.05)
+        pooled = F.layer_norm(encoder.blocks(tokens).mean(dim=1), (32,), eps=1e-6)
+        assert torch.allclose(model(video), pooled @ model.head.weight.T, atol=1e-6)
 
     def test_groups_by_name_have_the_published_rates_and_decay(self):
         model = Classifier(Encoder(dim=32, depth=2, heads=2, tube=(2, 8, 8)), 5)
@@ -531,18 +549,26 @@ class TestFineTuning:
         assert 0 < results["mAP"] <= 1 and (results["videos"], results["unreadable"]) == (11, 1)
         assert len(saved("several/last.pt")["model"]["head.bias"]) == 5
 
-    def test_frames_and_crops_to_train_and_to_test_on(self):
-        for n in range(65, 365, 3):
-            one, two = (finetune.dense_frames(n, 16, 4, data.seeded(n)) for _ in range(2))
-            assert one == two == [min(int(one[0] + i * 64 / 15), one[0] + 63) for i in range(16)]
+    def test_dense_frames_lie_evenly_in_a_window(self):
+        """Of 16 x 4 frames; a shorter video gives a frame for each stride, then its last."""
+        for n in range(65, 365, 30):
+            frames = finetune.dense_frames(n, 16, 4, data.seeded(n))
+            assert frames == [min(int(frames[0] + i * 64 / 15), frames[0] + 63) for i in range(16)]
         assert finetune.dense_frames(30, 16, 4) == [0, 5, 10, 15, 20, 25] + [29] * 10
+
+    def test_random_crops_have_8_to_100_percent_of_the_area(self):
         areas = [height * width / 48 / 64 for _, _, height, width in (
             finetune.random_crop(48, 64, data.seeded(seed)) for seed in range(200))]
         assert 0.07 < min(areas) < 0.2 < 0.8 < max(areas) <= 1
-        dense = finetune.view_frames(300, 16, 4, 5, "dense")  # every 4th: 75 frames
-        assert [view[0] // 4 for view in dense] == [int(c * (75 - 16) / 4) for c in range(5)]
+
+    def test_test_clips_lie_evenly_over_a_video(self):
+        """Dense: every fourth of 300 frames, 75, from five starts; the last is held."""
+        starts = [view[0] // 4 for view in finetune.view_frames(300, 16, 4, 5, "dense")]
+        assert starts == [int(c * (75 - 16) / 4) for c in range(5)]
         assert finetune.view_frames(20, 16, 4, 5, "dense") == [[0, 4, 8, 12] + [16] * 12] * 5
         assert finetune.view_frames(9, 3, 2, 2, "segments") == [[0, 3, 6], [1, 4, 7]]
+
+    def test_test_crops_lie_evenly_along_the_long_side(self):
         chosen = [[0, 2, 4, 6], [1, 1, 1, 1]]
         write_frames("v.mp4", NOISE)
         views, *_ = finetune.Views([("v.mp4", 0)], frames=4, stride=2, size=24, tube=(2, 8, 8),
@@ -552,42 +578,56 @@ class TestFineTuning:
         wanted = torch.stack([clips[..., left:left + 24] for left in (0, 4, 8)], dim=1)
         assert torch.equal(views, wanted.flatten(0, 1))
 
-    def test_the_probe_moves_no_weight_of_the_encoder(self, here, capsys):
-        flags = ["--freeze", "--init", "run", "--epochs", 2, "--limit", 40, "--out", "probe"]
-        assert run(finetune, *flags) == 0 and "a new head" in capsys.readouterr().out
-        before, after = (saved(f"{out}/last.pt")["model"] for out in ("run", "probe"))
+    def test_the_probe_moves_no_weight_of_the_encoder(self, here):
+        assert run(finetune, "--freeze", "--init", "run", "--epochs", 2, "--out", "probe") == 0
+        before, after = saved("run")["model"], saved("probe")["model"]
         assert all(torch.equal(after[n], before[n]) for n in after if n.startswith("encoder."))
-        assert after["head.weight"].abs().max() > 2e-4 and read_json("probe")["videos"] == 32
-        put({"results.json": json.dumps(read_json("probe") | {"summary": "as before"})}, "probe")
-        assert run(finetune, *flags) == 0 and "as before" in capsys.readouterr().out
-        assert run(finetune, "--init", "probe", "--max-steps", 1, "--out", "on") == 0
-        assert "head.weight" in capsys.readouterr().out
-        for wrong in (["--model", "small"], ["--size", 30], ["--val", "data/toy/val/0_right"]):
-            assert run(finetune, "--init", "run", "--out", "never", *wrong) == 2  # or: no labels
+        assert after["head.weight"].abs().max() > 2e-4
 
-    def test_fine_tuning_resumes_exactly_though_it_mixes(self, here, monkeypatch, capsys):
+    def test_a_finished_run_is_tested_again_for_other_views_or_videos_alone(self, here, capsys):
+        flags = ["--freeze", "--init", "run", "--epochs", 1, "--limit", 40, "--out", "out"]
+        assert run(finetune, *flags) == 0
+        put({"results.json": json.dumps(read_json("out") | {"summary": "as before"})}, "out")
+        assert run(finetune, *flags) == 0 and "as before" in capsys.readouterr().out
+        put({"one.csv": f"{find_videos('data/toy/val')[0][0][0]} 0\n"})
+        for more, number in (["--views", 2, 1], 32), (["--views", 2, 1, "--val", "one.csv"], 1):
+            assert run(finetune, *flags, *more) == 0
+            found = read_json("out")
+            assert (found["videos"], found["args"]["views"]) == (number, [2, 1])
+
+    def test_a_head_for_as_many_classes_is_taken_on(self, here):
+        for init in ("run", "first"):  # the first step's rate is 0
+            flags = ["--init", init, "--max-steps", 1, "--out"]
+            assert run(finetune, *flags, "first" if init == "run" else "second") == 0
+        assert torch.equal(saved("first")["model"]["head.weight"],
+                           saved("second")["model"]["head.weight"])
+        put_lists(lambda i: i % 3)
+        assert run(finetune, *flags, "third", "--data", "set") == 0  # another number: a new one
+        assert len(saved("third")["model"]["head.weight"]) == 3
+
+    @pytest.mark.parametrize("flags", [
+        ["--model", "small"], ["--size", 30], ["--val", "data/toy/val/0_right"]])
+    def test_another_size_or_a_test_set_without_labels_is_refused(self, flags, here):
+        assert run(finetune, "--init", "run", "--out", "never", *flags) == 2
+
+    def test_fine_tuning_resumes_exactly_though_it_mixes(self, here, monkeypatch):
         monkeypatch.setitem(finetune.RECIPES["toy"], "augment", True)
-        common = ["--epochs", 3, "--batch-size", 16, "--repeat", 2, "--accum", 1, "--out"]
-        for flags in (["whole"], ["parts", "--max-steps", 5], ["parts"]):
-            assert run(finetune, *common, *flags) == 0
-        assert same(saved("whole/last.pt")["model"], saved("parts/last.pt")["model"])
-        groups = saved("whole/last.pt")["optimizer"]["param_groups"]
-        rates = sorted({group["lr"] for group in groups})
+        flags = ["--epochs", 2, "--batch-size", 16, "--repeat", 2, "--accum", 1, "--views", 1, 1]
+        for out, *more in (["whole"], ["parts", "--max-steps", 5], ["parts"]):
+            assert run(finetune, *flags, "--out", out, *more) == 0
+        assert same(saved("whole")["model"], saved("parts")["model"])
+
+    def test_each_layer_trains_at_three_quarters_of_the_next_one_s_rate(self, here):
+        assert run(finetune, "--init", "run", "--max-steps", 2, "--out", "out") == 0
+        rates = sorted({group["lr"] for group in saved("out")["optimizer"]["param_groups"]})
         assert len(rates) == 6  # of the head, four blocks, the embedding
         assert all(below == pytest.approx(0.75 * rate) for below, rate in zip(rates, rates[1:]))
-        assert run(finetune, *common, "parts", "--views", 2, 1) == 0
-        assert read_json("parts")["args"]["views"] == [2, 1]  # tested once more
-        put({"other.csv": f"{find_videos('data/toy/val')[0][0][0]} 0\n"})
-        assert run(finetune, *common, "parts", "--views", 2, 1, "--val", "other.csv") == 0
-        assert read_json("parts")["videos"] == 1
-        assert run(finetune, *common, "parts", "--lr", 0.5) == 2
-        assert "0.5" in capsys.readouterr().err
 
-        def fit(args, model, optimizer, clips, loss_of, **_):
-            batch = data.collate([clips[0, 0], clips[0, 63]])  # of the first and the last class
-            assert loss_of(lambda video: 99 * F.one_hot(torch.tensor([0, 0, 7, 7])), batch)[0] < 9.9
-        monkeypatch.setattr(finetune, "fit", fit)
-        assert run(finetune, "--no-augment", "--repeat", 2, "--out", "never") == 0
+    def test_each_clip_from_one_decoding_has_its_video_s_label(self, prepared):
+        given = prepared("--no-augment", "--repeat", 2)
+        batch = data.collate([given.clips[0, 0], given.clips[0, 63]])  # first and last class
+        right = 99 * F.one_hot(torch.tensor([0, 0, 7, 7]))
+        assert given.loss_of(lambda video: right, batch)[0] < 9.9
 
     @pytest.mark.parametrize("flags, wanted", [
         ("k400", dict(epochs=100, lr=1e-3, global_batch=256, views=[7, 3], sampling="dense",
@@ -650,21 +690,28 @@ def labels_of(place, split="train"):
 
 class TestVideos:
     @pytest.mark.parametrize("name", LAYOUTS)
-    def test_official_tables_become_lists_that_train(self, name, capsys):
+    def test_official_tables_become_lists_that_train(self, name):
         files, *labels = LAYOUTS[name]
-        command = ["lists", name, "set", "--out", "lists"]
-        put(dict(list(files.items())[:-1]), "set")
-        assert run(videos, *command) == 2 and not Path("lists").exists()  # a table lacks
-        assert "layout" in capsys.readouterr().err
         put(files, "set")
-        assert run(videos, *command) == 0
+        assert run(videos, "lists", name, "set", "--out", "lists") == 0
         assert [labels_of("lists"), labels_of("lists", "val")] == labels
         assert len(Path("lists/missing.txt").read_text().splitlines()) == 1
-        assert run(train, "--data", name, "--root", "lists", "--model", "small", "--size", 32,
+        assert run(train, "--data", name, "--root", "lists", "--model", "tiny", "--size", 32,
                    "--frames", 4, "--max-steps", 1, "--workers", 0, "--out", "run") == 0
-        assert run(videos, *command) == 2  # not twice
 
-    def test_check_lists_the_good_and_names_the_bad(self, capsys):
+    @pytest.mark.parametrize("name", LAYOUTS)
+    def test_without_one_of_its_tables_a_set_gets_no_lists(self, name, capsys):
+        put(dict(list(LAYOUTS[name][0].items())[:-1]), "set")
+        assert run(videos, "lists", name, "set", "--out", "lists") == 2
+        assert "layout" in capsys.readouterr().err and not Path("lists").exists()
+
+    def test_lists_are_not_overwritten(self):
+        put(LAYOUTS["ssv2"][0], "set")
+        put({"val.csv": "mine"}, "lists")
+        assert run(videos, "lists", "ssv2", "set", "--out", "lists") == 2
+        assert os.listdir("lists") == ["val.csv"]
+
+    def test_check_lists_the_good_and_names_the_bad(self):
         put({"train/a/1.mp4": 30, "train/b/2 2.mp4": 30, "train/b/3.mp4": "", "val/b/4.mp4": 30,
              "train/b/notes.txt": ""}, "set")
         cut = "set/train/b/cut.mp4"  # its header promises 20 frames
@@ -673,11 +720,18 @@ class TestVideos:
             tenth = [packet for packet in container.demux() if packet.size][9]
         os.truncate(cut, tenth.pos + tenth.size)
         assert run(videos, "check", "set", "--out", "out", "--workers", 2) == 0
-        assert capsys.readouterr().err.count("100%") == 2  # the bars reach the end
         bad = Path("out/bad.txt").read_text()
         assert bad.count("\n") == 3
         assert all(name in bad for name in ("3.mp4: ", "notes.txt", "cut.mp4"))
         assert labels_of("out") == [0, 1] and labels_of("out", "val") == [1]
+
+    def test_the_bars_of_check_reach_their_end(self, capsys):
+        put({"train/a/1.mp4": 30, "val/a/2.mp4": 30}, "set")
+        assert run(videos, "check", "set", "--out", "out", "--workers", 0) == 0
+        assert capsys.readouterr().err.count("100%") == 2
+
+    def test_check_writes_to_a_new_folder_alone(self):
+        put({"a/1.mp4": 30}, "set")
         assert run(videos, "check", "set", "--out", "set") == 2
 
     @pytest.mark.parametrize("name, times, tick, turns", [
@@ -718,30 +772,43 @@ class TestVideos:
             assert label == 0 and decode(path, lambda n: [[n - 1]])[0].float().mean() < 40
         assert "cam:1" in capsys.readouterr().out  # whose coding is strict, as a terminal's
 
-    def test_prepare_keeps_names_and_overwrites_nothing(self):
-        """Of x.avi and x.mp4 each its own; old names and absolute paths in lists lead to copies."""
-        put({"x/1.webm": 30, "bad.mp4": "text", "x.avi": 60, "x.mp4": 200, "list.csv":
+    def test_prepared_videos_keep_their_names_and_lists_lead_to_them(self):
+        """Of x.avi and x.mp4 each its own; also old names and absolute paths in lists."""
+        put({"x/1.webm": 30, "x.avi": 60, "x.mp4": 200, "list.csv":
              f"x/1.webm 3\nx.avi 0\nx.mp4 1\n{Path.cwd()}/a/x.mp4 2\n"}, "a")
-        frames = torch.arange(80)[:, None, None, None].expand(80, 256, 342, 3).byte() * 3
-        toy_set.write_video("a/long.mp4", frames, rate=25)
         assert run(videos, "prepare", "a", "b", "--workers", 2) == 0
-        assert "bad.mp4: " in Path("b/bad.txt").read_text()
+        paths = [os.path.relpath(path) for path, _ in find_videos("b/list.csv")[0]]
+        assert paths == ["b/x/1.mp4", "b/x.avi", "b/x.mp4", "b/x.mp4"]
+        shades = [decode(path, lambda n: [[n - 1]])[0].float().mean().item() for path in paths]
+        assert shades == pytest.approx([30, 60, 200, 200], abs=5)
+
+    def test_a_prepared_video_is_made_for_fast_reading(self):
+        """A key frame every 32 frames, and B-frames between; of a size that stays here."""
+        frames = torch.arange(80)[:, None, None, None].expand(80, 256, 342, 3).byte() * 3
+        Path("a").mkdir()
+        toy_set.write_video("a/long.mp4", frames, rate=25)
+        assert run(videos, "prepare", "a", "b", "--workers", 0) == 0
         with av.open("b/long.mp4") as container:
             stream, found = container.streams.video[0], list(container.decode(video=0))
             assert (stream.height, stream.width, len(container.streams)) == (256, 342, 1)
         assert [i for i, frame in enumerate(found) if frame.key_frame] == [0, 32, 64]
         assert sum(frame.pict_type == av.video.frame.PictureType.B for frame in found) >= 54
-        paths = [os.path.relpath(path) for path, _ in find_videos("b/list.csv")[0]]
-        assert paths == ["b/x/1.mp4", "b/x.avi", "b/x.mp4", "b/x.mp4"]
-        shades = [decode(path, lambda n: [[n - 1]])[0].float().mean().item()
-                  for path in [*paths, "b/long.mp4"]]
-        assert shades == pytest.approx([30, 60, 200, 200, 237], abs=5)
+
+    def test_prepare_names_what_it_cannot_read(self):
+        put({"bad.mp4": "text", "good.mp4": 30}, "a")
+        assert run(videos, "prepare", "a", "b", "--workers", 0) == 0
+        assert "bad.mp4: " in Path("b/bad.txt").read_text() and Path("b/good.mp4").exists()
+
+    def test_prepare_goes_on_and_overwrites_nothing(self):
+        put({"x/1.mp4": 30, "x.mp4": 60, "list.csv": "x.mp4 1\n"}, "a")
         put({"x.mp4": "mine", "list.csv": "mine"}, "b")
-        os.remove("b/x/1.mp4")
         assert run(videos, "prepare", "a", "b", "--workers", 0) == 0
         assert Path("b/x/1.mp4").exists()
         assert Path("b/x.mp4").read_text() == Path("b/list.csv").read_text() == "mine"
-        assert run(videos, "prepare", "a", "a/x") == run(videos, "prepare", "a/x", "a") == 2
+
+    def test_prepare_needs_a_target_outside_its_source(self):
+        put({"x/1.mp4": 30}, "a")
+        assert run(videos, "prepare", "a", "a/y") == run(videos, "prepare", "a/x", "a") == 2
 
     def test_prepare_killed_leaves_only_complete_files(self):
         for i in range(4):
@@ -1107,20 +1174,27 @@ def write_pan(path, right=3, still=0, codec="libx264", options=videos.H264):
 
 
 class TestMotion:
-    @pytest.mark.parametrize("right", [0, 1])
-    def test_visible_places_pan_with_the_picture(self, right):
-        """By one tube a slice; others replace those that leave. Without motion: the tube mask."""
-        grid = t, h, w = 6, 8, 10
-        pan = torch.tensor([0.0, right]).expand(t, h, w, 2)
-        mask, again = (motion.motion_mask(pan, grid, 0.7, data.seeded(0)) for _ in range(2))
-        assert torch.equal(mask, again)
-        assert torch.equal(mask, tube_mask(1, grid, 0.7, data.seeded(0))[0]) == (right == 0)
-        visible = ~mask.view(grid)
-        for before, now in zip(visible[:-1, :, :w - right], visible[1:, :, right:]):
+    GRID = 6, 8, 10
+
+    def test_without_motion_a_mask_is_the_tube_mask(self):
+        found = motion.motion_mask(torch.zeros(*self.GRID, 2), self.GRID, 0.7, data.seeded(0))
+        assert torch.equal(found, tube_mask(1, self.GRID, 0.7, data.seeded(0))[0])
+
+    def test_visible_places_pan_with_the_picture(self):
+        """By one tube a slice; others replace those that leave."""
+        pan = torch.tensor([0.0, 1]).expand(*self.GRID, 2)
+        mask, again = (motion.motion_mask(pan, self.GRID, 0.7, data.seeded(0)) for _ in range(2))
+        visible = ~mask.view(self.GRID)
+        for before, now in zip(visible[:-1, :, :-1], visible[1:, :, 1:]):
             assert (now >= before).all() or (before >= now).all()  # followed onwards or backwards
-        busy = motion.motion_mask(2 * torch.randn(t, h, w, 2), grid, 0.7)  # places leave, or meet
-        for found in (mask, busy):
-            assert (found.view(t, h * w).sum(dim=1) == int(0.7 * 80)).all()
+        assert torch.equal(mask, again)
+
+    @pytest.mark.parametrize("speed", [0, 0.3, 2])
+    def test_each_slice_hides_the_same_number_whatever_moves(self, speed):
+        """Places leave, or meet."""
+        flow = speed * torch.randn(*self.GRID, 2, generator=data.seeded(0))
+        found = motion.motion_mask(flow, self.GRID, 0.7, data.seeded(1))
+        assert (found.view(6, 80).sum(dim=1) == int(0.7 * 80)).all()
 
     @pytest.mark.parametrize("name, codec, options", [
         ("prepared.mp4", "libx264", videos.H264), ("b.avi", "libx264", videos.H264),
@@ -1185,8 +1259,10 @@ class TestMotion:
         assert run(motion, "train", *flags, "parts", "--max-steps", 3) == 0
         assert run(train, *flags, "parts") == 2  # would resume with other masks
         assert run(motion, "train", *flags, "parts") == 0
-        assert same(saved("whole/last.pt")["model"], saved("parts/last.pt")["model"])
+        assert same(saved("whole")["model"], saved("parts")["model"])
         assert "follow motion" in capsys.readouterr().out
+
+    def test_a_picture_of_masks_is_drawn(self, here):
         assert run(motion, "--out", "motion.png") == 0 and Path("motion.png").exists()
 
     def test_a_set_without_vectors_gets_tube_masks(self):
@@ -1309,8 +1385,8 @@ class TestSegment:
         assert run(segment, *flags, "--init", "run", "--size", 64) == 2
         assert "v/0.png" in capsys.readouterr().err
 
-    def test_videos_of_any_length_and_missing_segments(self, here):
-        """One object leaves; frames without annotation; two processes give what one gives."""
+    def write_two_videos(self):
+        """Of 3 and of 9 frames, some without annotation; in the second one object leaves."""
         for video, length in (("a", 3), ("b", 9)):
             frames, masks = Path("JPEGImages/480p", video), Path("Annotations/480p", video)
             frames.mkdir(parents=True)
@@ -1320,17 +1396,33 @@ class TestSegment:
                 save_image(0.2 + 0.3 * rows.float().expand(3, -1, -1), frames / f"{i:05}.jpg")
                 if i % 4 != 3:
                     write_png(masks / f"{i:05}.png", rows, "pal8")
-        flags = ["--root", ".", "--model", "tiny", "--frames", 4, "--size", 32, "--out"]
-        assert run(segment, *flags, "one", "--pictures") == 0
-        one = read_json("one")
-        assert set(one["videos"]) == {"a", "b"} and 0 < one["clustering"][0] <= 1
-        assert decode("one/b.mp4", lambda n: [[0]])[0].shape[-2:] == (32, 128)
+        return ["--root", ".", "--model", "tiny", "--frames", 4, "--size", 32, "--out"]
+
+    def test_videos_of_any_length_and_missing_segments(self):
+        assert run(segment, *self.write_two_videos(), "out") == 0
+        found = read_json("out")
+        assert set(found["videos"]) == {"a", "b"} and 0 < found["clustering"][0] <= 1
+
+    def test_two_processes_find_the_segments_that_one_finds(self):
+        flags = self.write_two_videos()
+        assert run(segment, *flags, "one") == 0
         assert in_two_processes(segment.main, *flags, "two").count("mIoU") == 2
-        assert read_json("two")["videos"] == one["videos"]
-        assert run(segment, "--root", "one") == 2
-        assert run(segment, "--root", ".", "--init", "run", "--out", "trained") == 0
-        trained = read_json("trained")["args"]  # clips like those of the run
-        assert (trained["frames"], trained["size"]) == (8, 32)
+        assert read_json("two")["videos"] == read_json("one")["videos"]
+
+    def test_segments_are_shown_as_pictures_and_videos(self):
+        assert run(segment, *self.write_two_videos(), "out", "--pictures") == 0
+        assert Path("out/a.png").exists()
+        assert decode("out/b.mp4", lambda n: [[0]])[0].shape[-2:] == (32, 128)
+
+    def test_clips_to_segment_are_like_those_of_the_run(self, here):
+        self.write_two_videos()
+        assert run(segment, "--root", ".", "--init", "run", "--out", "out") == 0
+        found = read_json("out")["args"]
+        assert (found["frames"], found["size"]) == (8, 32)
+
+    def test_a_folder_without_annotations_is_refused(self):
+        put({"JPEGImages/v/1.jpg": ""})
+        assert run(segment, "--root", ".") == 2
 
 
 def test_what_scripts_write_has_the_mode_that_the_umask_asks_for(here):
