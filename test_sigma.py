@@ -279,6 +279,12 @@ class TestMethod:
                               atol=1e-3)
         assert sinkhorn(alike, eps, iters, hard=True)[-1] == 1
 
+    @pytest.mark.parametrize("assignment", [
+        torch.tensor([0, 0, 2, 2]), torch.tensor([[0.6, 0.4, 0]] * 2 + [[0.1, 0.2, 0.7]] * 2)])
+    def test_usage_tells_how_many_prototypes_are_used_and_how_evenly(self, assignment):
+        used, entropy = sigma.usage(assignment, 3)
+        assert used == 2 and entropy == pytest.approx(math.log(2))
+
     def test_nan_does_not_pass_for_an_assignment(self):
         model = small()
         nn.init.constant_(model.decoder.head.bias, math.nan)
@@ -859,6 +865,25 @@ class TestData:
         assert [key for i in range(0, 100, 4) for rank in ranks for key in rank[i:i + 4]] == one
         assert list(islice(data.endless_order(50, 8, start=160), 40)) == one[160:]
 
+    def test_the_linear_probe_is_ridge_regression_on_standardised_features(self):
+        """What could not be read, label -1, has no part in it."""
+        x, labels, test = torch.randn(60, 5) * 3 + 1, torch.arange(60) % 4 - 1, torch.randn(9, 5)
+        found = evaluate.linear_probe(x, labels, test)
+        x, y = x[labels >= 0], F.one_hot(labels[labels >= 0]).float()
+        x, test = (x - x.mean(dim=0)) / x.std(dim=0), (test - x.mean(dim=0)) / x.std(dim=0)
+        rows, wanted = torch.cat([x, 10 ** 0.5 * torch.eye(5)]), torch.zeros(5, 3)
+        weight = torch.linalg.lstsq(rows, torch.cat([y - y.mean(dim=0), wanted])).solution
+        assert torch.allclose(found, test @ weight + y.mean(dim=0), atol=1e-4)
+
+    def test_k_nearest_neighbours_vote_by_their_cosine(self):
+        """One that is near outvotes two that are not; what could not be read has no vote."""
+        x = torch.tensor([[2.0, 0.1], [1, 1], [1, 1.1], [5, 0], [-1, 0]])
+        scores = evaluate.nearest_neighbours(x, torch.tensor([0, 1, 1, -1, 2]), x[3:4], k=3)
+        cosines = F.normalize(x, dim=1)[:, 0]
+        wanted = (cosines / 0.07).exp() * torch.tensor([1, 1, 1, 0, 0])
+        assert torch.allclose(scores, torch.stack([wanted[0], wanted[1:].sum(), x.new_zeros(())]))
+        assert scores.argmax() == 0
+
     def test_the_toy_set_is_the_same_for_the_same_seed(self, here, tmp_path):
         path, label = data.find_videos("data/toy")[0][-1]
         toy.render((tmp_path / "again.mp4", label, int(Path(path).stem)))
@@ -1050,6 +1075,7 @@ class TestTraining:
         results = read_json(OUT)
         assert [line["epoch"] for line in log_of(OUT) if "knn" in line] == [4, 8]
         assert {"linear_probe", "knn"} == set(results["untrained"]) == set(results["trained"])
+        assert results["untrained"] != results["trained"]
 
     def test_checkpoints_are_kept_when_asked_for(self, here):
         assert sorted(path.name for path in Path(OUT).glob("epoch*")) == [
@@ -1075,7 +1101,9 @@ class TestTraining:
     def test_a_run_from_weights_resumes_without_naming_them_again(self, here):
         """Or by another spelling of the same folder."""
         flags = [*RUN, "--out", "warm", "--max-steps"]
-        assert run(train, *flags, 1, "--init", OUT) == 0 and run(train, *flags, 2) == 0
+        assert run(train, *flags, 1, "--init", OUT) == 0  # the first step's rate is 0
+        old, new = (saved(out)["model"]["encoder.norm.weight"] for out in (OUT, "warm"))
+        assert torch.equal(old, new) and run(train, *flags, 2) == 0
         assert run(train, *flags, 3, "--init", f"./{OUT}/") == 0
         assert saved("warm")["clips_seen"] == 3 * 32
         assert run(train, *flags, 4, "--init", "other") == 2
@@ -1167,6 +1195,14 @@ class TestTraining:
             running.same_for_all("the videos", None)
         assert words in str(error.value)
 
+    def test_a_run_does_not_go_on_with_another_number_of_videos(self, here, capsys):
+        paths = [path for path, _ in data.find_videos("data/toy")[0]]
+        flags = "--model tiny --size 32 --frames 8 --stride 1 --out out --data list.csv".split()
+        for number, code in ((40, 0), (39, 2)):
+            Path("list.csv").write_text("\n".join(paths[:number]))
+            assert run(train, *flags, "--max-steps", 2 - code // 2) == code
+        assert "40 videos, there are now 39" in capsys.readouterr().err
+
     def test_the_hash_of_videos_knows_their_labels_and_order_but_not_their_place(self):
         videos = [("/a/1.mp4", 0), ("/a/2.mp4", 1)]
         one, *others = (running.hash_of(data.Clips(x, frames=4, stride=1, size=32)) for x in (
@@ -1255,6 +1291,19 @@ class TestTraining:
         healthy = dict(projection_term=7.1, video_term=7.4, video_entropy=7.8,
                        projection_entropy=7.8)
         assert running.collapsed(healthy | change, 2981, tubes) == wanted
+
+    @pytest.mark.parametrize("size, calls", [("large", 2), ("base", 1)])
+    def test_blocks_of_large_sizes_are_computed_again_for_their_gradient(
+            self, size, calls, here, monkeypatch):
+        counted = []
+
+        class Counting(sigma.SIGMA):
+            def __init__(self, **sizes):
+                super().__init__(**sizes)
+                self.encoder.blocks[0].norm1.register_forward_hook(lambda *_: counted.append(1))
+        monkeypatch.setitem(sigma.SIZES, size, sigma.SIZES["tiny"])  # under another name
+        train.main(["--model", size, "--max-steps", "1", "--out", "out"], model_class=Counting)
+        assert len(counted) == calls
 
     def test_collapsed_features_are_said_once(self, here, capsys, monkeypatch):
         monkeypatch.setattr(running, "LOG_STEPS", 1)
