@@ -4,12 +4,17 @@ Read TestMethod first: it says in code what the paper says in words. The tests r
 where there is a GPU; a few, marked so, run on a GPU if there is one.
 """
 import contextlib
+import functools
+import importlib
 import inspect
+import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -56,11 +61,25 @@ SMALL = dict(dim=32, depth=2, heads=2, decoder_dim=16, tube=TUBE, decoder_depth=
              prototypes=20)
 
 
+@pytest.fixture(scope="session")
+def here(tmp_path_factory):
+    """A folder with a small toy set, data/toy, and a finished run, `run`, of 20 steps."""
+    folder = tmp_path_factory.getbasetemp() / "here"  # one for both test files
+    if not folder.exists():
+        folder.mkdir()
+        with contextlib.chdir(folder):
+            toy.make_toy("data/toy", train=64, val=32)
+            assert run(train, *RUN, "--out", OUT) == 0
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def where_a_test_works(request, tmp_path, monkeypatch):
-    """In an empty folder; or in `here`, a folder with a toy set and a finished run."""
-    asked = "here" in request.fixturenames
-    monkeypatch.chdir(request.getfixturevalue("here") if asked else tmp_path)
+    """In an empty folder; if it asks for `here`, with links to what is there."""
+    monkeypatch.chdir(tmp_path)
+    if "here" in request.fixturenames:
+        for path in request.getfixturevalue("here").iterdir():
+            os.symlink(path, path.name)
 
 
 def small(target="mlp"):
@@ -200,29 +219,37 @@ class TestMethod:
         for name, numbers in (wanted | gradients).items():
             assert found[name] == pytest.approx(numbers, rel=1e-10, abs=1e-10), name
 
-    def test_positions_and_masks_are_as_published(self):
-        """Sinusoids; each clip's tubes are hidden at its own positions, the same in all slices."""
+    def test_positions_are_sinusoids(self):
         angle = torch.arange(50)[:, None] / 10000 ** (torch.arange(0, 8, 2) / 8)
         wanted = torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)
         assert torch.allclose(sigma.positions(50, 8), wanted, atol=1e-5)
+
+    def test_each_clip_s_tubes_are_hidden_at_places_of_its_own_in_all_slices(self):
         slices = tube_mask(6, (8, 14, 14)).view(6, 8, 196)
         assert (slices.sum(dim=2) == 176).all() and (slices == slices[:, :1]).all()
         assert len(slices[:, 0].unique(dim=0)) == 6
 
-    def test_the_video_model_written_out(self):
-        """The encoder is its blocks on visible tokens; the decoder sees them, then mask tokens."""
+    def test_tubes_come_in_the_order_time_row_column(self):
         assert torch.equal(VIDEO, rearrange(sigma.take_tubes(VIDEO, TUBE), "b (t h w) c p q r -> "
                                             "b c (t p) (h q) (w r)", t=2, h=4))
-        model, encoder = small(), small().encoder
+
+    def test_the_encoder_is_its_blocks_on_visible_tokens(self):
+        encoder = small().encoder
         tokens = encoder.patch_embed.proj(VIDEO).flatten(2).mT + sigma.positions(32, 32)
         tokens = encoder.norm(encoder.blocks(tokens[~MASK].view(4, 8, 32)))
         assert torch.allclose(encoder(VIDEO, VISIBLE), tokens, atol=1e-12)
         assert torch.equal(encoder(VIDEO), encoder(VIDEO, torch.arange(32).expand(4, -1)))
+
+    def test_the_encoder_sees_nothing_of_hidden_tubes(self):
         hidden_pixels = F.interpolate(MASK.view(4, 1, *GRID).double(), SIZE)
+        encoder = small().encoder
         assert torch.equal(encoder(VIDEO, VISIBLE), encoder(VIDEO + hidden_pixels, VISIBLE))
-        place = sigma.positions(32, 16).double().expand(4, -1, -1)
-        seen = model.encoder_to_decoder(tokens) + place[~MASK].view(4, 8, 16)
-        x = torch.cat([seen, model.mask_token + place[MASK].view(4, 24, 16)], dim=1)
+
+    def test_the_decoder_sees_visible_tokens_and_then_mask_tokens(self):
+        model, place = small(), sigma.positions(32, 16).double().expand(4, -1, -1)
+        seen = model.encoder_to_decoder(model.encoder(VIDEO, VISIBLE))
+        x = torch.cat([seen + place[~MASK].view(4, 8, 16),
+                       model.mask_token + place[MASK].view(4, 24, 16)], dim=1)
         wanted = model.decoder.head(model.decoder.norm(model.decoder.blocks(x)))[:, 8:]
         assert torch.allclose(model.predict(VIDEO, VISIBLE, HIDDEN), wanted, atol=1e-12)
 
@@ -256,6 +283,12 @@ class TestMethod:
         assert torch.allclose(sinkhorn(few, eps, iters).double(), sinkhorn_in_logs(few, eps, iters),
                               atol=1e-3)
         assert sinkhorn(alike, eps, iters, hard=True)[-1] == 1
+
+    @pytest.mark.parametrize("assignment", [
+        torch.tensor([0, 0, 2, 2]), torch.tensor([[0.6, 0.4, 0]] * 2 + [[0.1, 0.2, 0.7]] * 2)])
+    def test_usage_tells_how_many_prototypes_are_used_and_how_evenly(self, assignment):
+        used, entropy = sigma.usage(assignment, 3)
+        assert used == 2 and entropy == pytest.approx(math.log(2))
 
     def test_nan_does_not_pass_for_an_assignment(self):
         model = small()
@@ -296,18 +329,24 @@ class TestMethod:
         loss, _ = model(torch.randn(4, 3, 16, 64, 64), tube_mask(4, (8, 8, 8)))
         assert 0.9 < loss / math.log(500) / 2 < 1.1
 
-    def test_sizes_that_do_not_fit_and_uneven_masks_stop(self):
-        model, uneven = small(), MASK ^ (torch.arange(128).view(4, 32) == 0)
-        assert model.encoder(torch.zeros(1, 3, 2, 328, 16).double()).shape == (1, 82, 32)
-        for call, words in ((lambda: model.encoder(VIDEO[..., :30, :]), "4, 30, 32"),
-                            (lambda: model(VIDEO, MASK[:, :31]), "4, 32"),
-                            (lambda: model(VIDEO, uneven), "same number"),
-                            (lambda: small("dino")(VIDEO, MASK), "Teacher")):
-            with pytest.raises(ValueError, match=words):
-                call()
+    def test_clips_of_any_size_that_the_tube_divides_are_encoded(self):
+        assert small().encoder(torch.zeros(1, 3, 2, 328, 16).double()).shape == (1, 82, 32)
+
+    @pytest.mark.parametrize("call, words", [
+        (lambda model: model.encoder(VIDEO[..., :30, :]), "4, 30, 32"),
+        (lambda model: model(VIDEO, MASK[:, :31]), "4, 32"),
+        (lambda model: model(VIDEO, MASK ^ (torch.arange(128).view(4, 32) == 0)), "same number"),
+        (lambda model: small("dino")(VIDEO, MASK), "Teacher")])
+    def test_sizes_that_do_not_fit_and_uneven_masks_stop(self, call, words):
+        with pytest.raises(ValueError, match=words):
+            call(small())
 
     @pytest.mark.parametrize("recompute, compiled", [(True, False), (False, True)])
-    def test_recomputed_or_compiled_blocks_give_the_same_gradient(self, recompute, compiled):
+    def test_recomputed_or_compiled_blocks_give_the_same_gradient(
+            self, recompute, compiled, monkeypatch):
+        """Compiled by a backend that is quick and needs no C++ compiler."""
+        monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(
+            nn.Module.compile, backend="aot_eager"))
         grads, calls = [], []
         for changed in (False, True):
             model = small().float()  # torch 2.6 can't compile attention of doubles on a CPU
@@ -363,9 +402,9 @@ class TestMethod:
         assert [found.norm(), (found * ramp).sum()] == pytest.approx(FIGURES[kind], rel=1e-4)
 
     @pytest.mark.parametrize("registers", [0, 4])
-    def test_what_surrounds_a_teacher_s_weights_changes_nothing(self, registers):
+    def test_names_and_wrappers_of_a_teacher_s_weights_change_nothing(self, registers):
         """Wrappers of training code, heads, MAE's decoder, chunks of blocks; iBOT's and timm's
-        names for the same; half precision is read too."""
+        names for the same."""
         plain, video = dinov2_by_formula(registers), torch.randn(1, 3, 2, 42, 42)
         wanted = teacher(plain)(video)
         more = plain | {name: torch.ones(2) for name in (
@@ -375,7 +414,6 @@ class TestMethod:
         timm = {n.replace("register_tokens", "reg_token"): w for n, w in plain.items()}
         place = timm["pos_embed"].split([1, 9], dim=1)
         timm |= {"cls_token": timm["cls_token"] + place[0], "pos_embed": place[1]}
-        half = {n: w.half() for n, w in plain.items()}
         student = {n: w + 1 for n, w in plain.items()}
         both = ("student", student), ("teacher", plain)
         train = {f"{who}.backbone.{n}": w for who, part in both
@@ -386,7 +424,14 @@ class TestMethod:
                         {"state_dict": {f"model.{n}": w for n, w in plain.items()}}):
             found = teacher(evaluate.plain_weights(content, "a.pth"))(video)
             assert torch.allclose(found, wanted, atol=1e-5)
-        assert torch.allclose(teacher(half)(video), wanted, atol=0.05)
+
+    def test_a_teacher_in_half_precision_is_read(self):
+        plain, video = dinov2_by_formula(), torch.randn(1, 3, 2, 42, 42)
+        half = {name: w.half() for name, w in plain.items()}
+        assert torch.allclose(*(teacher(x)(video) for x in (plain, half)), atol=0.05)
+
+    def test_a_teacher_without_biases_has_them_at_zero(self):
+        plain, video = dinov2_by_formula(), torch.randn(1, 3, 2, 42, 42)
         biases = {n: w for n, w in plain.items() if "qkv.bias" not in n}
         zeros = plain | {n: w * 0 for n, w in plain.items() if "qkv.bias" in n}
         assert torch.equal(*(teacher(x)(video) for x in (biases, zeros)))
@@ -399,15 +444,18 @@ class TestMethod:
         with pytest.raises(UserError, match=word):
             teacher(dinov2_by_formula() | {name: torch.ones(2)})
 
-    def test_a_teacher_in_other_names_or_widths_is_refused(self):
-        with pytest.raises(UserError, match="Hugging Face"):
-            teacher({"embeddings.cls_token": torch.ones(1, 1, 64)})
-        with pytest.raises(UserError, match="96 wide"):
-            teacher(dinov2_by_formula(dim=96))
-        for content, word in (({"net": {}}, "net"),
-                              ({"a": torch.tensor([math.nan])}, "not finite: a")):
-            with pytest.raises(UserError, match=word):
-                evaluate.plain_weights(content, "a.pth")
+    @pytest.mark.parametrize("weights, word", [
+        ({"embeddings.cls_token": torch.ones(1, 1, 64)}, "Hugging Face"),
+        (dinov2_by_formula(dim=96), "96 wide")])
+    def test_a_teacher_in_other_names_or_widths_is_refused(self, weights, word):
+        with pytest.raises(UserError, match=word):
+            teacher(weights)
+
+    @pytest.mark.parametrize("content, word", [
+        ({"net": {}}, "net"), ({"a": torch.tensor([math.nan])}, "not finite: a")])
+    def test_what_is_no_weight_or_not_finite_is_named(self, content, word):
+        with pytest.raises(UserError, match=word):
+            evaluate.plain_weights(content, "a.pth")
 
     def test_checkpoints_load_strictly_or_stop(self):
         model, loaders = small(), (load_model, sigma.load_encoder)
@@ -470,12 +518,22 @@ def write_numbered(path, codec="libx264", times=range(60), rate=25, sound=None, 
             container.mux(voice.encode(frame) + voice.encode(None))
 
 
+def turn(path, turns):
+    """Has an mp4's track header say, as phones do, that frames are to be turned by 90 degrees
+    anticlockwise, so many times."""
+    cos, sin = ((1, 0), (0, 1), (-1, 0), (0, -1))[turns]
+    content, matrix = bytearray(Path(path).read_bytes()), (cos, -sin, 0, sin, cos)
+    struct.pack_into(">5i", content, content.index(b"tkhd") + 44, *(x << 16 for x in matrix))
+    Path(path).write_bytes(content)
+
+
 def numbers_in(path, *clips):
     return [[(frame[0, 24] > 127).sum().item() for frame in clip]
             for clip in data.decode(path, lambda n: clips)]
 
 
-def put(*names):
+def touch(*names):
+    """Makes empty files."""
     for path in map(Path, names):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -622,16 +680,13 @@ class TestData:
         result = subprocess.run([sys.executable, "-c", code], cwd="alone", capture_output=True)
         assert result.stdout.split() == [b"2", b"3", b"48", b"128"], result.stderr
 
-    @pytest.mark.parametrize("turns, cos, sin", [(1, 0, 1), (2, -1, 0), (3, 0, -1)])
-    def test_turned_videos_stand_upright(self, turns, cos, sin):
-        """Phones write a display matrix, here by hand into an mp4's track header."""
+    @pytest.mark.parametrize("turns", [1, 2, 3])
+    def test_turned_videos_stand_upright(self, turns):
         write_numbered("v.mp4", bf="2")
         before, = data.decode("v.mp4", lambda n: [[30]])
-        content, matrix = bytearray(Path("v.mp4").read_bytes()), (cos, sin, 0, -sin, cos)
-        struct.pack_into(">5i", content, content.index(b"tkhd") + 44, *(x << 16 for x in matrix))
-        Path("v.mp4").write_bytes(content)
+        turn("v.mp4", turns)
         turned, = data.decode("v.mp4", lambda n: [[30]])
-        assert torch.equal(turned, before.rot90(-turns, (2, 3)))
+        assert torch.equal(turned, before.rot90(turns, (2, 3)))
 
     @pytest.mark.parametrize("name", [b"cam:1.mp4", b"100%d.mp4", b"caf\xe9.mp4"])
     def test_any_file_name_is_a_file_name(self, name):
@@ -665,7 +720,7 @@ class TestData:
 
     def test_videos_are_found_in_folders_and_lists(self):
         """Named pipes are none: opening one would block for ever. Bad lines are quoted."""
-        put("set/wave/a b.mp4", "set/wave/c.webm", "set/clap/e/d.avi", "set/clap/x.txt")
+        touch("set/wave/a b.mp4", "set/wave/c.webm", "set/clap/e/d.avi", "set/clap/x.txt")
         os.mkfifo("set/wave/pipe.mp4")
         assert found("set") == {"d.avi": 0, "a b.mp4": 1, "c.webm": 1}
         assert found("set/wave") == {"a b.mp4": -1, "c.webm": -1}
@@ -684,7 +739,7 @@ class TestData:
         ("b, 1.mp4 3 1 2\na.mp4 0\na.mp4", [(3, 1, 2), (0,), ()], "")])  # several, if asked
     def test_lists_as_people_have_them(self, lines, labels, word):
         """Only a video's suffix may have become mp4: `.mp4,0` is none."""
-        put("a.mp4", "b, 1.mp4")
+        touch("a.mp4", "b, 1.mp4")
         Path("list.csv").write_text(lines)
         videos, _, skipped = data.find_videos("list.csv", several=() in labels)
         assert [label for _, label in videos] == labels and word in str(skipped)
@@ -695,20 +750,20 @@ class TestData:
         ("train.csv", bytes(range(256)), "line 1"), ("", "a.mp4 0".encode("utf-16"), "UTF-16"),
         ("", b"a.mp4 20240131\nb.mp4 20240201", "20,240,201"), ("", b"a.mp4 7", "up to 7")])
     def test_what_holds_no_videos_or_no_classes_stops_with_a_sentence(self, source, content, word):
-        put("a.mp4", "b.mp4", "empty/x.txt", "ucf/ucfTrainTestlist/classInd.txt", "ucf/A/v.avi")
+        touch("a.mp4", "b.mp4", "empty/x.txt", "ucf/ucfTrainTestlist/classInd.txt", "ucf/A/v.avi")
         Path("train.csv").write_bytes(content)
         with pytest.raises(UserError, match=word):
             data.find_videos(source)
 
     @pytest.mark.parametrize("kind, other", [("mp4", "jpg"), ("jpg", "mp4")])
     def test_the_kind_with_more_files_decides_what_a_folder_is(self, kind, other):
-        put(f"a/1.{kind}", f"a/2.{kind}", f"b/3.{kind}", f"b/4.{other}")
+        touch(f"a/1.{kind}", f"a/2.{kind}", f"b/3.{kind}", f"b/4.{other}")
         videos, _, skipped = data.find_videos(".")
         assert len(videos) == 3 and f"4.{other}" in skipped[0]
 
     def test_a_folder_that_leads_back_to_itself_does_not_multiply_its_videos(self):
         """What is passed over is named; a link to a folder elsewhere is followed."""
-        put("set/a/1.mp4", "set/b/2.mp4", "elsewhere/3.mp4")
+        touch("set/a/1.mp4", "set/b/2.mp4", "elsewhere/3.mp4")
         for name, target in (("set/a/up", "set"), ("set/b/self", "set/b"), ("set/c", "elsewhere")):
             os.symlink(Path.cwd() / target, name)
         videos, classes, skipped = data.find_videos("set")
@@ -716,7 +771,7 @@ class TestData:
         assert len(videos) == 3 and ["leads back" in reason for reason in skipped] == [True] * 2
 
     def test_lists_written_on_windows_are_read(self):
-        put("set/a 1.mp4")
+        touch("set/a 1.mp4")
         Path("list.csv").write_bytes(b"set\\a 1.mp4 0\r\n")
         assert found("list.csv") == {"a 1.mp4": 0}
 
@@ -726,8 +781,8 @@ class TestData:
 
     def test_clips_are_resized_with_antialiasing(self):
         """Stripes finer than the new pixels become grey."""
-        stripes = (torch.arange(64) % 2 * 255).byte().expand(1, 3, 64, 64)
-        clip = data.resize_crop(stripes, (0, 0, 64, 64), 16)[..., 2:-2]
+        stripes = (torch.arange(48) % 2 * 255).byte().expand(1, 3, 48, 48)
+        clip = data.resize_crop(stripes, (0, 0, 48, 48), 16)[..., 2:-2]
         assert (clip.float() - 127.5).abs().max() < 20
 
     def test_bars_are_lines_where_there_is_no_terminal(self, capsys):
@@ -737,46 +792,69 @@ class TestData:
         assert "0/3" in lines[0] and "3/3" in "".join(lines[1:]) and "/" not in rest
 
     def test_classes_are_numbered_once_by_name_for_all_splits(self):
-        put("a/train/clap/1.mp4", "a/train/run/2.mp4", "a/train/wave/3.mp4", "a/val/wave/4.mp4",
-            "b/wave/5.mp4", "b/run/6.mp4", "c/swim/7.mp4")
+        touch("a/train/clap/1.mp4", "a/train/run/2.mp4", "a/train/wave/3.mp4", "a/val/wave/4.mp4",
+            "b/wave/5.mp4", "b/run/6.mp4")
         classes = data.find_videos("a")[1]
         assert found("a", ("val", "test"), classes) == {"4.mp4": 2}
         assert found("b", ("val", ""), classes) == {"5.mp4": 2, "6.mp4": 1}
-        with pytest.raises(UserError, match="swim"):  # a class that training lacks
-            data.find_videos("c", ("val", ""), classes)
 
-    def test_clips_start_anywhere_and_corner_crops_are_the_published(self):
+    def test_a_class_that_training_lacks_is_refused(self):
+        touch("c/swim/7.mp4")
+        with pytest.raises(UserError, match="swim"):
+            data.find_videos("c", ("val", ""), ["run", "wave"])
+
+    def test_clips_start_anywhere(self):
         clips = {tuple(data.pretraining_frames(70, 16, 4)) for _ in range(300)}
         assert clips == {tuple(range(start, start + 64, 4)) for start in range(7)}
+
+    def test_corner_crops_are_the_published(self):
         boxes, sides = {data.corner_crop(240, 320) for _ in range(4000)}, [240, 210, 180, 158]
         assert {(h, w) for _, _, h, w in boxes} == {
             (a, b) for i, a in enumerate(sides) for j, b in enumerate(sides) if abs(i - j) <= 1}
         places = {(top, left) for top, left, h, w in boxes if (h, w) == (180, 180)}
         assert places == {(15 * i, 35 * j) for i in range(5) for j in range(i % 2, 5, 2)}
 
-    def test_the_same_key_gives_the_same_clips_in_any_worker(self, monkeypatch):
-        """Another pass gives others, and so does a repeat, from the same decoding."""
+    def test_the_same_key_gives_the_same_clips_in_any_worker(self):
+        write_numbered("v.mp4")
+        alone, shared = (next(running.loader(clips_of_folder(repeat=2), 2, [(0, 0), (4, 0)], n))
+                         for n in (0, 2))
+        assert alone.video.shape == (4, 3, 4, 32, 32)
+        assert all(torch.equal(one, two) for one, two in zip(alone[:2], shared[:2]))
+
+    def test_repeats_and_passes_have_clips_and_masks_of_their_own(self, monkeypatch):
+        """Repeats come from one decoding."""
         calls, decode = [], data.decode
         monkeypatch.setattr(data, "decode", lambda *a, **o: calls.append(a) or decode(*a, **o))
         write_numbered("v.mp4")
-        clips, keys = clips_of_folder(repeat=2), [(0, 0), (4, 0)]
-        alone, shared = (next(running.loader(clips, 2, keys, workers)) for workers in (0, 2))
-        for one, two in zip(alone[:2], shared[:2]):
-            assert torch.equal(one, two) and len(one.flatten(1).unique(dim=0)) == 4
-        assert len(calls) == 2 and alone.video.shape == (4, 3, 4, 32, 32)
-        wanted = ((alone.video / 255 - MEAN) / STD).float()
-        assert torch.allclose(data.normalise(alone.video, "cpu"), wanted, atol=1e-5)
+        batch = next(running.loader(clips_of_folder(repeat=2), 2, [(0, 0), (4, 0)], 0))
+        assert len(calls) == 2
+        assert all(len(x.flatten(1).unique(dim=0)) == 4 for x in (batch.video, batch.mask))
 
-    @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-    def test_an_unreadable_video_is_replaced_and_named(self):
-        """A thousand clips leave no open files or memory behind."""
+    def test_clips_are_normalised_by_imagenet_s_mean_and_deviation(self):
+        video = torch.randint(256, (2, 3, 4, 8, 8)).byte()
+        wanted = ((video / 255 - MEAN) / STD).float()
+        assert torch.allclose(data.normalise(video, "cpu"), wanted, atol=1e-5)
+
+    def damage_one(self):
+        """Of two videos, the second."""
         write_numbered("a.mp4", bf="2", g="12")
         Path("b.mp4").write_bytes(Path("a.mp4").read_bytes()[:2000])
-        clips, used = clips_of_folder(), []
-        *_, index, bad = clips[0, 1]
+
+    def test_an_unreadable_video_is_replaced_and_named(self):
+        self.damage_one()
+        *_, index, bad = clips_of_folder()[0, 1]
         assert index == 0 and "b.mp4" in str(bad) and "damaged" in str(bad)
-        black, _, label, _, bad = clips_of_folder(tries=1)[0, 1]  # evaluation replaces none
+
+    def test_after_all_tries_a_clip_is_black_and_without_a_label(self):
+        """Evaluation tries once."""
+        self.damage_one()
+        black, _, label, _, bad = clips_of_folder(tries=1)[0, 1]
         assert label == -1 and len(bad) == 1 and not black.any()
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+    def test_a_thousand_clips_leave_no_open_files_or_memory_behind(self):
+        self.damage_one()
+        clips, used = clips_of_folder(), []
         for i in range(1000):
             clips[i, i % 2]
             pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -791,6 +869,25 @@ class TestData:
         ranks = [list(islice(data.endless_order(50, 4, rank, world=2), 100)) for rank in range(2)]
         assert [key for i in range(0, 100, 4) for rank in ranks for key in rank[i:i + 4]] == one
         assert list(islice(data.endless_order(50, 8, start=160), 40)) == one[160:]
+
+    def test_the_linear_probe_is_ridge_regression_on_standardised_features(self):
+        """What could not be read, label -1, has no part in it."""
+        x, labels, test = torch.randn(60, 5) * 3 + 1, torch.arange(60) % 4 - 1, torch.randn(9, 5)
+        found = evaluate.linear_probe(x, labels, test)
+        x, y = x[labels >= 0], F.one_hot(labels[labels >= 0]).float()
+        x, test = (x - x.mean(dim=0)) / x.std(dim=0), (test - x.mean(dim=0)) / x.std(dim=0)
+        rows, wanted = torch.cat([x, 10 ** 0.5 * torch.eye(5)]), torch.zeros(5, 3)
+        weight = torch.linalg.lstsq(rows, torch.cat([y - y.mean(dim=0), wanted])).solution
+        assert torch.allclose(found, test @ weight + y.mean(dim=0), atol=1e-4)
+
+    def test_k_nearest_neighbours_vote_by_their_cosine(self):
+        """One that is near outvotes two that are not; what could not be read has no vote."""
+        x = torch.tensor([[2.0, 0.1], [1, 1], [1, 1.1], [5, 0], [-1, 0]])
+        scores = evaluate.nearest_neighbours(x, torch.tensor([0, 1, 1, -1, 2]), x[3:4], k=3)
+        cosines = F.normalize(x, dim=1)[:, 0]
+        wanted = (cosines / 0.07).exp() * torch.tensor([1, 1, 1, 0, 0])
+        assert torch.allclose(scores, torch.stack([wanted[0], wanted[1:].sum(), x.new_zeros(())]))
+        assert scores.argmax() == 0
 
     def test_the_toy_set_is_the_same_for_the_same_seed(self, here, tmp_path):
         path, label = data.find_videos("data/toy")[0][-1]
@@ -807,7 +904,7 @@ class TestData:
 
 
 RUN = "--epochs 10 --batch-size 16 --accum 2 --seed 3 --eval-every 4 --keep-every 5".split()
-OUT = "out/toy-tiny-mlp"  # the default folder; RUN takes 20 steps of 32 clips
+OUT = "run"  # of RUN, which takes 20 steps of 32 clips
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 STOP_SIGNALS = "SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"
 TROUBLES = {
@@ -815,7 +912,8 @@ TROUBLES = {
     "kill": lambda: os.kill(os.getpid(), SIGKILL), "term": lambda: os.kill(os.getpid(), SIGTERM),
     **{name: lambda name=name: to_all(signal.Signals[name]) for name in STOP_SIGNALS},
     "later": lambda: to_all(SIGTERM, running.GRACE + 0.5) or time.sleep(999),
-    "rival": lambda: print(subprocess.run([sys.executable, train.__file__, *sys.argv[5:]]))}
+    "rival": lambda: print(subprocess.run([sys.executable, train.__file__, "--epochs", "999",
+                                           "--out", "shared"]))}
 
 
 def to_all(number, gap=0):
@@ -826,11 +924,12 @@ def to_all(number, gap=0):
 
 
 def troubled(trouble, position, log_steps, save_seconds, *flags):
-    """A training process of its own, `python test_sigma.py ...`, that gets into trouble before it
-    reads the clip at a position of the order."""
+    """A training process that gets into trouble before it reads the clip at a position of the
+    order."""
     for number in running.STOP_SIGNALS:  # a run respects what nohup or a shell's & set it to ignore
         signal.signal(number, signal.SIG_DFL)
     running.LOG_STEPS, running.SAVE_SECONDS = int(log_steps), int(save_seconds)
+    running.GRACE = 1
     read = data.Clips.__getitem__
 
     def read_or_fail(clips, key):
@@ -841,70 +940,163 @@ def troubled(trouble, position, log_steps, save_seconds, *flags):
     return running.launch(train.main, flags)
 
 
-@pytest.fixture(scope="session")
-def here(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("work")
-    with contextlib.chdir(folder):
-        toy.make_toy("data/toy", train=64, val=32)
-        assert run(*RUN) == 0
-    return folder
-
-
-def run(*flags):
-    """The exit code of a run in this process."""
+def run(script, *arguments):
+    """The exit code of a script's command line, in this process."""
     try:
-        return running.launch(train.main, [str(flag) for flag in flags])
+        return running.launch(script.main, [str(argument) for argument in arguments])
     except SystemExit as end:  # argparse's
         return end.code
+
+
+# Processes are forked from one that has imported what takes seconds, and has done nothing else.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["pytest", "torchvision.models", "train"])
+
+
+def session(pipe, start_method, work, arguments):
+    """work(*arguments) as the first process of a new group, which writes to a pipe."""
+    os.setsid()
+    multiprocessing.set_start_method(start_method, force=True)  # of its own workers
+    for number in (1, 2):
+        os.dup2(pipe.fileno(), number)
+    pipe.close()
+    sys.exit(work(*arguments))
+
+
+def start_apart(work, *arguments):
+    """A process that does work(*arguments), and the pipe that it writes to."""
+    pipe, writing = FORKS.Pipe(duplex=False)
+    process = FORKS.Process(target=session, args=(
+        writing, multiprocessing.get_start_method(), work, arguments))
+    process.start()
+    writing.close()
+    return process, pipe
+
+
+def apart(work, *arguments):
+    """Exit code and output of work(*arguments) in a process of its own, when it and all that share
+    its output have ended."""
+    process, pipe = start_apart(work, *arguments)
+    parts = []
+    while pipe.poll(30) and (part := os.read(pipe.fileno(), 2 ** 16)):
+        parts.append(part)
+    process.join(1)
+    return process.exitcode, b"".join(parts).decode()
 
 
 def run_apart(out, *flags, trouble="none", at=-1, log_steps=10, save_seconds=600, ranks=1):
     """Exit code and output of a troubled process (see there), or of torchrun's, when it and all
     that share its output have ended."""
-    launcher = TORCHRUN + [f"--nproc_per_node={ranks}"] if ranks > 1 else [sys.executable]
-    process = subprocess.Popen(
-        [*launcher, __file__, *map(str, (trouble, at, log_steps, save_seconds)), "--epochs", "999",
-         "--out", out, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True)
-    text, _ = process.communicate(timeout=90)
-    return process.returncode, text
+    words = [*map(str, (trouble, at, log_steps, save_seconds)), "--epochs", "999", "--out", out,
+             *flags]
+    if ranks == 1:
+        return apart(troubled, *words)
+    result = subprocess.run(
+        [*TORCHRUN, f"--nproc_per_node={ranks}", __file__, "troubled", *words], timeout=90,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return result.returncode, result.stdout
+
+
+def serve():
+    """A rank that does what the lines of its input ask for."""
+    for line in sys.stdin:
+        module, name, folder, os.environ["MASTER_PORT"], arguments = json.loads(line)
+        os.chdir(folder)
+        with contextlib.redirect_stdout(io.StringIO()) as shown:
+            work = getattr(importlib.import_module(module), name)
+            code = running.launch(work, arguments)
+        print(json.dumps([code, shown.getvalue()]), flush=True)
+
+
+@functools.cache
+def ranks():
+    """Two processes as torchrun starts them, which live as long as this one."""
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "PYTHONPATH": str(HERE)}
+    return [subprocess.Popen([sys.executable, __file__, "serve"], text=True, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE,
+                             env=os.environ | world | {"RANK": rank, "LOCAL_RANK": rank})
+            for rank in "01"]
+
+
+def in_two_processes(work, *arguments):
+    """What two ranks print that do work, a function of a module that takes such flags."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    job = [work.__module__, work.__name__, os.getcwd(), port, [str(word) for word in arguments]]
+    for process in ranks():
+        print(json.dumps(job), file=process.stdin, flush=True)
+    answers = [json.loads(process.stdout.readline()) for process in ranks()]
+    assert [code for code, _ in answers] == [0, 0]
+    return "".join(shown for _, shown in answers)
 
 
 def log_of(out):
     return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
 
 
-def saved(out, file="last.pt"):
-    return torch.load(f"{out}/{file}", weights_only=True)
+def saved(path):
+    """What torch.save has written to a file, or a run to its folder."""
+    path = Path(path)
+    return torch.load(path / "last.pt" if path.is_dir() else path, weights_only=True)
 
 
-def half_of_the_batch(rank, folder):
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-    model, part = small(), slice(2 * rank, 2 * rank + 2)
+def read_json(out, file="results.json"):
+    return json.loads(Path(out, file).read_text())
+
+
+def half_of_the_batch(argv):
+    """Saves what each of two ranks finds for its half."""
+    running.set_up()
+    rank, model = torch.distributed.get_rank(), small()
+    part = slice(2 * rank, 2 * rank + 2)
     parallel = nn.parallel.DistributedDataParallel(model)
     loss, stats = parallel(VIDEO[part], MASK[part])
     loss.backward()
     alone = sinkhorn(SCORES.chunk(2)[rank], group=torch.distributed.new_subgroups(1)[0])
     gradients = [p.grad for p in model.parameters()]
-    torch.save((loss.detach(), stats, alone, gradients), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.save((loss.detach(), stats, alone, gradients), f"{rank}.pt")
+
+
+def two_limits():
+    """Says how a block within its time limit ends, and one that takes too long."""
+    def give_up():
+        print("gave up", flush=True)
+        sys.exit()
+    with running.time_limit(1.5, give_up):
+        print("started", flush=True)
+        time.sleep(0.5)
+    print("done", flush=True)
+    with running.time_limit(0.5, give_up):
+        time.sleep(9)
 
 
 class TestTraining:
-    def test_a_run_learns_and_leaves_results_that_a_second_shows(self, here, capsys):
-        log, results = log_of(OUT), json.loads(Path(OUT, "results.json").read_text())
+    def test_a_run_learns(self, here):
+        log = log_of(OUT)
         assert log[-1]["step"] == 20 and log[-1]["loss"] < log[0]["loss"]
-        assert [line["epoch"] for line in log if "knn" in line] == [4, 8]
+
+    def test_probes_come_when_they_are_asked_for_and_at_the_end(self, here):
+        results = read_json(OUT)
+        assert [line["epoch"] for line in log_of(OUT) if "knn" in line] == [4, 8]
         assert {"linear_probe", "knn"} == set(results["untrained"]) == set(results["trained"])
-        assert saved(OUT, "epoch-0005.pt")["clips_seen"] == 5 * 64
-        assert run(*RUN) == 0 and str(results["trained"]["knn"]) in capsys.readouterr().out
+        assert results["untrained"] != results["trained"]
+
+    def test_checkpoints_are_kept_when_asked_for(self, here):
+        assert sorted(path.name for path in Path(OUT).glob("epoch*")) == [
+            "epoch-0005.pt", "epoch-0010.pt"]
+        assert saved(f"{OUT}/epoch-0005.pt")["clips_seen"] == 5 * 64
+
+    def test_a_finished_run_shows_its_results(self, here, capsys):
+        assert run(train, *RUN, "--out", OUT) == 0
+        assert str(read_json(OUT)["trained"]["knn"]) in capsys.readouterr().out
 
     def test_a_stopped_or_killed_run_goes_on_bit_for_bit(self, here):
         """Killed with SIGKILL at any moment; the log has each step once; no drafts are left."""
         for at, seconds in ((100, 600), (333, 0)):  # the position of a clip; from save to save
             run_apart("killed", *RUN, trouble="kill", at=at, log_steps=1, save_seconds=seconds)
-        assert run(*RUN, "--out", "killed", "--max-steps", 15) == 0
-        assert run(*RUN, "--out", "killed") == 0
+        assert run(train, *RUN, "--out", "killed", "--max-steps", 15) == 0
+        assert run(train, *RUN, "--out", "killed") == 0
         whole, killed = ((x["model"], x["optimizer"]["state"]) for x in map(saved, (OUT, "killed")))
         torch.testing.assert_close(whole, killed, rtol=0, atol=0)
         steps = [line["step"] for line in log_of("killed")]
@@ -914,14 +1106,17 @@ class TestTraining:
     def test_a_run_from_weights_resumes_without_naming_them_again(self, here):
         """Or by another spelling of the same folder."""
         flags = [*RUN, "--out", "warm", "--max-steps"]
-        assert run(*flags, 1, "--init", OUT) == 0 and run(*flags, 2) == 0
-        assert run(*flags, 3, "--init", f"./{OUT}/") == 0
-        assert saved("warm")["clips_seen"] == 3 * 32 and run(*flags, 4, "--init", "other") == 2
+        assert run(train, *flags, 1, "--init", OUT) == 0  # the first step's rate is 0
+        old, new = (saved(out)["model"]["encoder.norm.weight"] for out in (OUT, "warm"))
+        assert torch.equal(old, new) and run(train, *flags, 2) == 0
+        assert run(train, *flags, 3, "--init", f"./{OUT}/") == 0
+        assert saved("warm")["clips_seen"] == 3 * 32
+        assert run(train, *flags, 4, "--init", "other") == 2
 
     @pytest.mark.parametrize("name", STOP_SIGNALS)
     def test_a_signal_to_all_processes_saves_and_ends(self, name, here):
         """Twice at once, as under Slurm, where torchrun passes on what each process gets anyway."""
-        code, text = run_apart(name, "--workers", "2", trouble=name, at=640)
+        code, text = run_apart(name, "--workers", "2", trouble=name, at=384)
         assert code == 0 and "to resume" in text
         assert saved(name)["clips_seen"] == 64 * log_of(name)[-1]["step"] > 0
 
@@ -931,22 +1126,22 @@ class TestTraining:
 
     @pytest.mark.parametrize("trouble", ["kill", "stall", "bug"])
     def test_dead_or_stalled_workers_end_in_a_sentence_bugs_do_not(self, trouble, here):
-        code, text = run_apart("fails", "--workers", "2", "--timeout", "5", trouble=trouble, at=3)
+        code, text = run_apart("fails", "--workers", "2", "--timeout", "3", trouble=trouble, at=3)
         assert code == 1 and ("error: " in text) == (trouble != "bug") == ("Traceback" not in text)
 
     def test_a_probe_leaves_the_loader_its_time_limit(self, here):
         """And a save stands before it: torchrun may kill at any moment after a signal."""
-        code, text = run_apart("probed", "--timeout", "7", "--eval-every", "1", trouble="stall",
+        code, text = run_apart("probed", "--timeout", "3", "--eval-every", "1", trouble="stall",
                                at=64, log_steps=99)
-        assert code == 1 and "in 7 s" in text and saved("probed")["clips_seen"] == 64
+        assert code == 1 and "in 3 s" in text and saved("probed")["clips_seen"] == 64
 
     def test_main_leaves_handlers_as_they_were_and_runs_in_any_thread(self, here):
         numbers = [*running.STOP_SIGNALS, SIGALRM, SIGCHLD]
         before, flags = [*map(signal.getsignal, numbers)], ["--max-steps", 1, "--workers", 1]
-        assert run(*flags, "--out", "handlers") == 0
+        assert run(train, *flags, "--out", "handlers") == 0
         assert [*map(signal.getsignal, numbers)] == before
         with ThreadPoolExecutor() as threads:
-            assert threads.submit(run, *flags, "--out", "thread").result() == 0
+            assert threads.submit(run, train, *flags, "--out", "thread").result() == 0
 
     def test_two_runs_do_not_share_a_folder(self, here):
         """The second ends in a sentence; the first continues."""
@@ -965,17 +1160,17 @@ class TestTraining:
             running.set_up()
 
     def test_a_non_finite_loss_stops_and_keeps_the_good_checkpoint(self, here, capsys):
-        assert run(*RUN, "--out", "nan", "--max-steps", 2) == 0
+        assert run(train, *RUN, "--out", "nan", "--max-steps", 2) == 0
         checkpoint = saved("nan")
         checkpoint["model"]["encoder.norm.bias"][0] = math.nan
         torch.save(checkpoint, "nan/last.pt")
-        assert run(*RUN, "--out", "nan") == 1 and "step 3" in capsys.readouterr().err
+        assert run(train, *RUN, "--out", "nan") == 1 and "step 3" in capsys.readouterr().err
         assert saved("nan")["clips_seen"] == 2 * 32
 
     def test_files_have_the_mode_that_the_umask_asks_for(self, here):
         umask = os.umask(0o027)
         try:
-            assert run("--max-steps", 1, "--out", "modes") == 0
+            assert run(train, "--max-steps", 1, "--out", "modes") == 0
             running.write_json("modes/results.json", {})
         finally:
             os.umask(umask)
@@ -986,22 +1181,16 @@ class TestTraining:
     def test_a_run_resumes_in_another_precision(self, here):
         """A loss scaler starts anew where the checkpoint has none."""
         for steps, amp in enumerate(("off", "fp16", "bf16", "fp16"), start=1):
-            assert run(*RUN, "--out", "precisions", "--max-steps", steps, "--amp", amp) == 0
+            assert run(train, *RUN, "--out", "precisions", "--max-steps", steps, "--amp", amp) == 0
 
     def test_time_in_which_a_process_is_suspended_does_not_count(self):
-        code = ("import sys, time; sys.path.insert(0, sys.argv[1]); from extras import run\n"
-                "def give_up(): print('gave up', flush=True); raise SystemExit\n"
-                "with run.time_limit(2, give_up):\n"
-                "    print('started', flush=True); time.sleep(1)\n"
-                "print('done', flush=True)\n"
-                "with run.time_limit(1, give_up): time.sleep(9)")
-        process = subprocess.Popen([sys.executable, "-c", code, HERE], stdout=subprocess.PIPE,
-                                   text=True)
-        assert process.stdout.readline() == "started\n"
-        process.send_signal(signal.SIGSTOP)
-        time.sleep(2.5)
-        process.send_signal(signal.SIGCONT)
-        assert process.communicate(timeout=30)[0].split("\n")[:2] == ["done", "gave up"]
+        process, pipe = start_apart(two_limits)
+        assert os.read(pipe.fileno(), 99) == b"started\n"
+        os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(1.7)
+        os.kill(process.pid, signal.SIGCONT)
+        process.join(30)
+        assert os.read(pipe.fileno(), 99) == b"done\ngave up\n"
 
     @pytest.mark.parametrize("rank, words", [(1, "1600"), (2, "abc")])
     def test_ranks_with_other_data_stop_at_the_start(self, rank, words, monkeypatch):
@@ -1010,6 +1199,14 @@ class TestTraining:
         with pytest.raises(UserError, match=f"rank {rank} .*1599") as error:
             running.same_for_all("the videos", None)
         assert words in str(error.value)
+
+    def test_a_run_does_not_go_on_with_another_number_of_videos(self, here, capsys):
+        paths = [path for path, _ in data.find_videos("data/toy")[0]]
+        flags = "--model tiny --size 32 --frames 8 --stride 1 --out out --data list.csv".split()
+        for number, code in ((40, 0), (39, 2)):
+            Path("list.csv").write_text("\n".join(paths[:number]))
+            assert run(train, *flags, "--max-steps", 2 - code // 2) == code
+        assert "40 videos, there are now 39" in capsys.readouterr().err
 
     def test_the_hash_of_videos_knows_their_labels_and_order_but_not_their_place(self):
         videos = [("/a/1.mp4", 0), ("/a/2.mp4", 1)]
@@ -1028,7 +1225,7 @@ class TestTraining:
         monkeypatch.setattr(train.SIGMA, "forward", lambda self, *_: (
             self.mask_token.sum() * math.inf, {}))
         for amp, named in (("fp16", True), ("off", False)):
-            assert run("--amp", amp, "--out", f"over-{amp}", "--max-steps", 1) == 1
+            assert run(train, "--amp", amp, "--out", f"over-{amp}", "--max-steps", 1) == 1
             assert ("--amp off or bf16" in capsys.readouterr().err) == named
 
     def test_a_full_disk_leaves_the_checkpoint_that_was_there(self, monkeypatch):
@@ -1046,12 +1243,18 @@ class TestTraining:
         args = train.parse(["--data", "k400", *flags.split()])
         assert train.split_batch(args, world, videos) == wanted
 
-    def test_recipes_and_schedule_are_as_published(self):
-        for flags, *wanted in (["k400", 16, 4, 800, 0.05, 640], ["ssv2", 16, 2, 800, 0.03, 512],
-                               ["ssv2 --model small", 16, 2, 2400, 0.05, 128]):
-            args = train.parse(["--data", *flags.split()])
-            assert [args.frames, args.stride, args.epochs, args.eps, args.global_batch] == wanted
-            assert args.prototypes == 3000 and args.ratio == 0.9
+    @pytest.mark.parametrize("flags, wanted", [
+        ("k400", [16, 4, 800, 0.05, 640]), ("ssv2", [16, 2, 800, 0.03, 512]),
+        ("ssv2 --model small", [16, 2, 2400, 0.05, 128])])
+    def test_recipes_are_as_published(self, flags, wanted):
+        args = train.parse(["--data", *flags.split()])
+        assert [args.frames, args.stride, args.epochs, args.eps, args.global_batch] == wanted
+        assert args.prototypes == 3000 and args.ratio == 0.9 and args.warmup == 40
+
+    def test_a_run_is_named_after_data_model_and_target(self):
+        assert train.parse(["--data", "a/b.csv"]).out == "out/b-base-mlp"
+
+    def test_the_learning_rate_rises_linearly_and_falls_like_a_cosine(self):
         rate = [train.learning_rate(step, 100, 10, 1.0, 0.1) for step in range(100)]
         assert rate[0] == 0 and rate[3] == pytest.approx(3 / 9) and rate[9] == rate[10] == 1
         assert rate[55] == pytest.approx(0.55) and rate[-1] == pytest.approx(0.1, abs=1e-3)
@@ -1079,23 +1282,38 @@ class TestTraining:
     def test_accumulated_batches_give_the_gradient_of_one_large_batch(self, here):
         """Of the pixel target, since Sinkhorn balances each batch alone."""
         for out, batch, accum in (("large", 32, 1), ("small", 8, 4)):
-            assert run("--target", "pixel", "--batch-size", batch, "--accum", accum, "--out", out,
-                       "--max-steps", 1) == 0
+            assert run(train, "--target", "pixel", "--batch-size", batch, "--accum", accum,
+                       "--out", out, "--max-steps", 1) == 0
         large, small = log_of("large")[0], log_of("small")[0]
         assert small["loss"] == pytest.approx(large["loss"], rel=1e-5)
         assert small["grad_norm"] == pytest.approx(large["grad_norm"], rel=1e-4)
 
-    def test_collapsed_features_are_told_and_said_once(self, here, capsys, monkeypatch):
+    @pytest.mark.parametrize("change, tubes, wanted", [
+        ({}, 50_000, False), (dict(video_entropy=6), 1000, False),  # few tubes
+        (dict(projection_entropy=4.5), 50_000, True), (dict(video_term=8.01), 50_000, True),
+        (dict(projection_term=0.1), 50_000, True)])
+    def test_collapsed_features_are_told_by_a_log_line(self, change, tubes, wanted):
         healthy = dict(projection_term=7.1, video_term=7.4, video_entropy=7.8,
                        projection_entropy=7.8)
-        assert not running.collapsed(healthy, 2981, 50_000)
-        assert not running.collapsed(healthy | dict(video_entropy=6), 2981, 1000)  # few tubes
-        for change in (dict(projection_entropy=4.5), dict(video_term=8.01),
-                       dict(projection_term=0.1)):
-            assert running.collapsed(healthy | change, 2981, 50_000)
+        assert running.collapsed(healthy | change, 2981, tubes) == wanted
+
+    @pytest.mark.parametrize("size, calls", [("large", 2), ("base", 1)])
+    def test_blocks_of_large_sizes_are_computed_again_for_their_gradient(
+            self, size, calls, here, monkeypatch):
+        counted = []
+
+        class Counting(sigma.SIGMA):
+            def __init__(self, **sizes):
+                super().__init__(**sizes)
+                self.encoder.blocks[0].norm1.register_forward_hook(lambda *_: counted.append(1))
+        monkeypatch.setitem(sigma.SIZES, size, sigma.SIZES["tiny"])  # under another name
+        train.main(["--model", size, "--max-steps", "1", "--out", "out"], model_class=Counting)
+        assert len(counted) == calls
+
+    def test_collapsed_features_are_said_once(self, here, capsys, monkeypatch):
         monkeypatch.setattr(running, "LOG_STEPS", 1)
         monkeypatch.setattr(running, "collapsed", lambda *_: True)
-        assert run("--epochs", 20, "--out", "collapsed") == 0
+        assert run(train, "--epochs", 13, "--out", "collapsed") == 0
         assert capsys.readouterr().out.count("have collapsed") == 1
 
     @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -1103,7 +1321,7 @@ class TestTraining:
         """Gradients that overflow in fp16 are null there."""
         scaler = torch.amp.GradScaler(running.DEVICE.type, 2.0 ** 60, enabled=amp == "fp16")
         monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **options: scaler)
-        assert run("--epochs", 4, "--max-steps", 2, "--amp", amp, "--out", amp) == 0
+        assert run(train, "--epochs", 4, "--max-steps", 2, "--amp", amp, "--out", amp) == 0
         text = Path(amp, "log.jsonl").read_text()
         assert "Infinity" not in text and ("null" in text) == (amp == "fp16")
 
@@ -1119,15 +1337,15 @@ class TestTraining:
         (f"{' '.join(RUN)} --out {OUT} --lr 0.5", "--lr 0.5 (the run has 0.0")])
     def test_wrong_usage_ends_in_one_sentence_and_code_2(self, here, capsys, flags, word):
         Path("bad.csv").write_text("nothing.mp4 0\n")
-        assert run("--out", "never", *flags.split()) == 2
+        assert run(train, "--out", "never", *flags.split()) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert "error: " in error and word in error and not Path("never").exists()
 
     def test_too_many_unreadable_videos_end_the_run_by_name(self, here, capsys):
-        put(*(f"mine/bad{i}.mp4" for i in [*range(7), "\udcff"]))  # the last is not UTF-8
+        touch(*(f"mine/bad{i}.mp4" for i in [*range(7), "\udcff"]))  # the last is not UTF-8
         write_numbered("mine/good.mp4")
         flags = "--data mine --model tiny --size 32 --frames 8 --stride 1 --epochs 99 --out bad"
-        assert run(*flags.split()) == 1
+        assert run(train, *flags.split()) == 1
         out, error = capsys.readouterr()
         assert all(out.count(f"bad{i}.mp4: ") == 1 for i in range(7))
         assert "udcff.mp4" in out and "8 of" in error and Path("bad/last.pt").exists()
@@ -1138,7 +1356,7 @@ class TestTraining:
         monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, sha, **_:
                             hashes.append(sha) or torch.save(weights, path))
         for out in ("dino-1", "dino-2"):
-            assert run("--target", "dino", "--max-steps", 1, "--out", out) == 0
+            assert run(train, "--target", "dino", "--max-steps", 1, "--out", out) == 0
         kept = saved("dino-1")["model"]
         assert kept["prototypes"].shape == (64, 128) and not any("vit" in name for name in kept)
         assert hashes == ["bf34ad0f42"]  # that the file must have
@@ -1148,10 +1366,10 @@ class TestTraining:
             torch.save({"teacher": {f"module.backbone.{n}": w for n, w in dino(4)[1].items()}},
                        f"{name}.pth")
         flags = "--target dino --out taught --max-steps".split()
-        assert run(*flags, 1, "--teacher", "one.pth") == 0
+        assert run(train, *flags, 1, "--teacher", "one.pth") == 0
         os.rename("one.pth", "renamed.pth")
-        assert run(*flags, 2, "--teacher", "renamed.pth") == 0
-        assert run(*flags, 3, "--teacher", "two.pth") == 2
+        assert run(train, *flags, 2, "--teacher", "renamed.pth") == 0
+        assert run(train, *flags, 3, "--teacher", "two.pth") == 2
         assert "teacher" in capsys.readouterr().err and saved("taught")["clips_seen"] == 2 * 64
 
     def test_test_videos_that_are_missing_are_counted_and_named(self, here):
@@ -1160,8 +1378,8 @@ class TestTraining:
         lines = [f"{path.absolute()} {i % 8}" for i, path in enumerate(paths)]
         Path("missing.csv").write_text("\n".join([*lines, *(f"gone{i}.mp4 1" for i in range(6))]))
         flags = "--data data/toy/train --model tiny --size 32 --frames 8 --stride 1 --epochs 1"
-        assert run(*flags.split(), "--val", "missing.csv", "--out", "missing") == 0
-        results = json.loads(Path("missing/results.json").read_text())
+        assert run(train, *flags.split(), "--val", "missing.csv", "--out", "missing") == 0
+        results = read_json("missing")
         assert results["tests"] == f"of {len(paths)} videos, {len(paths) + 6} named"
         skipped = Path("missing/skipped.txt").read_text()
         assert all(f"gone{i}.mp4" in skipped for i in range(6))
@@ -1186,7 +1404,7 @@ class TestTraining:
         """Unless --epochs says how many passes there are to be."""
         flags = "--data data/toy/train --model tiny --size 32 --frames 8 --stride 1 --max-steps 1"
         for more, steps in (([], "1,600 steps"), (["--epochs", 3], "6 steps")):
-            assert run(*flags.split(), *more, "--out", f"steps{len(more)}") == 0
+            assert run(train, *flags.split(), *more, "--out", f"steps{len(more)}") == 0
             assert steps in capsys.readouterr().out
 
     def test_the_core_needs_nothing_that_windows_lacks(self, here):
@@ -1207,18 +1425,19 @@ class TestTraining:
                 multiprocessing.set_start_method("spawn")
                 from extras.run import launch
                 import train
-                sys.exit(launch(train.main))
+                flags = ["--out", "windows", "--max-steps"]
+                code = launch(train.main, [*flags, "2", "--workers", "1"])
+                sys.exit(code or launch(train.main, [*flags, "3"]))
         """
         Path("windows.py").write_text(code)
-        for steps in ("2", "3"):
-            result = subprocess.run(
-                [sys.executable, "-X", "warn_default_encoding", "windows.py", "--max-steps", steps,
-                 "--workers", "1", "--out", "windows"], capture_output=True, text=True,
-                env=os.environ | {"PYTHONPATH": str(HERE), "PYTHONUTF8": "0", "LC_ALL": "C"})
-            assert result.returncode == 0, result.stderr
-            ours = [line for line in result.stderr.splitlines() if "EncodingWarning" in line
-                    and str(HERE) in line]
-            assert not ours and saved("windows")["clips_seen"] == 64 * int(steps)
+        result = subprocess.run(
+            [sys.executable, "-X", "warn_default_encoding", "windows.py"], text=True,
+            capture_output=True,
+            env=os.environ | {"PYTHONPATH": str(HERE), "PYTHONUTF8": "0", "LC_ALL": "C"})
+        assert result.returncode == 0, result.stderr
+        ours = [line for line in result.stderr.splitlines() if "EncodingWarning" in line
+                and str(HERE) in line]
+        assert not ours and saved("windows")["clips_seen"] == 64 * 3
 
     def test_walk_and_readme_snippets_print_what_they_say(self, here, capsys):
         sigma.walk()
@@ -1230,10 +1449,10 @@ class TestTraining:
             said = re.findall(r"^print\(.*\) +# (.*)$", snippet, re.M)
             assert said and capsys.readouterr().out.splitlines() == said
 
-    def test_two_processes_give_what_one_gives(self, tmp_path):
+    def test_two_processes_give_what_one_gives(self):
         """Loss, gradients and assignments of the whole batch; a group of one balances alone."""
-        torch.multiprocessing.spawn(half_of_the_batch, (str(tmp_path),), nprocs=2)
-        losses, stats, alone, gradients = zip(*(torch.load(tmp_path / f"{i}.pt") for i in (0, 1)))
+        in_two_processes(half_of_the_batch)
+        losses, stats, alone, gradients = zip(*(torch.load(f"{i}.pt") for i in (0, 1)))
         model = small()
         loss, wanted = model(VIDEO, MASK)
         loss.backward()
@@ -1244,12 +1463,11 @@ class TestTraining:
             assert all(torch.allclose(part, p.grad, rtol=1e-9, atol=1e-14) for part in parts)
         assert torch.equal(alone[1], sinkhorn(SCORES[350:]))
 
-    def test_torchrun_goes_on_where_one_process_stopped(self, here):
+    def test_two_processes_go_on_where_one_stopped(self, here):
         """The same steps on the same clips: another number of processes changes rounding alone."""
         flags = ["--epochs", "3", "--out"]
-        assert run(*flags, "one") == run(*flags, "more", "--max-steps", 2) == 0
-        code, text = run_apart("more", "--epochs", "3", ranks=2)
-        assert code == 0 and "2 processes x 32" in text, text
+        assert run(train, *flags, "one") == run(train, *flags, "more", "--max-steps", 2) == 0
+        assert "2 processes x 32" in in_two_processes(train.main, *flags, "more")
         one, more = saved("one"), saved("more")
         assert one["clips_seen"] == more["clips_seen"] == 3 * 64
         assert all(torch.allclose(w, more["model"][n], atol=1e-4) for n, w in one["model"].items())
@@ -1278,7 +1496,7 @@ class TestOnAGPU:
                                        for flag in ("", " --compile")])
     def test_a_step_in_each_precision(self, flags, here):
         line, = self.on_gpu(f"gpu-{flags}", "--max-steps", "1", "--amp", *flags.split())
-        assert run("--max-steps", 1, "--out", f"cpu-{flags}", "--amp", "off") == 0
+        assert run(train, "--max-steps", 1, "--out", f"cpu-{flags}", "--amp", "off") == 0
         wanted = log_of(f"cpu-{flags}")[0]["loss"]
         assert line["loss"] == pytest.approx(wanted, rel=1e-3 if "off" in flags else 2e-2)
 
@@ -1289,5 +1507,5 @@ class TestOnAGPU:
         assert [line["step"] for line in log] == [2, 4] and math.isfinite(log[-1]["loss"])
 
 
-if __name__ == "__main__":
-    sys.exit(troubled(*sys.argv[1:]))
+if __name__ == "__main__":  # a process that a test has started: the name of a function, its words
+    sys.exit(globals()[sys.argv[1]](*sys.argv[2:]))

@@ -1,19 +1,16 @@
 """What the scripts in extras/ must do, as short tests: python -m pytest -q."""
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import re
-import struct
-import subprocess
 import sys
 from fractions import Fraction
 from itertools import islice, permutations
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
-
-os.environ.setdefault("TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as in test_sigma.py
 
 import av
 import numpy
@@ -22,7 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision.transforms import v2
 from torchvision.utils import save_image
+
+# Before the others, since it hides GPUs; two of these are fixtures.
+from test_sigma import (here, in_two_processes, read_json, run, saved, start_apart, turn,
+                        where_a_test_works)
 
 import data
 import sigma
@@ -40,42 +42,6 @@ from sigma import Encoder, UserError, build_model, load_encoder, load_model, tub
 
 NOISE = torch.randint(256, (40, 48, 64, 3))  # the frames of a video
 WINDOWS = ["--init", "run", "--data", "set", "--window", 8, "--stride", 2, "--step", 4, "--out"]
-
-
-@pytest.fixture(scope="session")
-def toy(tmp_path_factory):
-    """A folder with a small toy set, data/toy, and a pretraining run of one step, `run`."""
-    folder = tmp_path_factory.mktemp("work")
-    with contextlib.chdir(folder):
-        toy_set.make_toy("data/toy", train=64, val=32)
-        assert run(train, "--max-steps", 1, "--out", "run") == 0
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def where_a_test_works(request, tmp_path, monkeypatch):
-    """In an empty folder; if it asks for `toy`, with links to the toy set and the run."""
-    monkeypatch.chdir(tmp_path)
-    if "toy" in request.fixturenames:
-        for path in request.getfixturevalue("toy").iterdir():
-            os.symlink(path, path.name)
-
-
-def run(script, *arguments):
-    """The exit code of a script's command line."""
-    try:
-        return launch(script.main, [str(argument) for argument in arguments])
-    except SystemExit as end:  # argparse's
-        return end.code
-
-
-def two_processes(script, *arguments):
-    """What a script prints under torchrun, with two processes."""
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-         script.__file__, *map(str, arguments)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def put(files, root="."):
@@ -120,22 +86,6 @@ def write_frames(path, images, times=None, tick=40, codec="libx264", options=Non
         container.mux(stream.encode(None))
 
 
-def turn(path, turns):
-    """Has an mp4 file say that its frames are to be turned by 90 degrees anticlockwise."""
-    cos, sin = ((1, 0), (0, 1), (-1, 0), (0, -1))[turns]
-    content, matrix = bytearray(Path(path).read_bytes()), (cos, -sin, 0, sin, cos)
-    struct.pack_into(">5i", content, content.index(b"tkhd") + 44, *(x << 16 for x in matrix))
-    Path(path).write_bytes(content)
-
-
-def saved(path):
-    return torch.load(path, weights_only=True)
-
-
-def read_json(out, file="results.json"):
-    return json.loads(Path(out, file).read_text())
-
-
 def same(found, wanted):
     return found.keys() == wanted.keys() and all(torch.equal(found[n], wanted[n]) for n in wanted)
 
@@ -148,12 +98,12 @@ def feature_at(start):
 
 
 class TestFeatures:
-    def test_features_come_in_list_order_for_readable_videos(self, toy, capsys):
+    def test_features_come_in_list_order_for_readable_videos(self, here, capsys):
+        """Of the centre clip, which here is the whole video: the mean over its tokens, or these."""
         put_greys(6, bad=4)
         put({"list.csv": "".join(f"{i}.mp4 {i}\n" for i in (5, 2, 4, 0))}, "set")
         flags = ["--init", "run", "--data", "set/list.csv", "--out"]
         assert run(features, *flags, "out") == 0 and "4.mp4" in capsys.readouterr().out
-        assert run(features, *flags, "out") == 2  # nothing is overwritten
         assert run(features, *flags, "tokens", "--tokens") == 0
         tokens, pooled = saved("tokens/features.pt"), saved("out/features.pt")
         assert pooled["paths"] == ["set/5.mp4", "set/2.mp4", "set/0.mp4"]
@@ -163,19 +113,76 @@ class TestFeatures:
         assert torch.allclose(tokens["features"], wanted, atol=1e-4)
         assert torch.allclose(pooled["features"], wanted.mean(dim=1), atol=1e-4)
 
-    def test_k_nn_without_labels_is_refused(self, toy):
+    def test_features_are_not_overwritten(self, here):
+        put({"features.pt": "mine"}, "out")
+        assert run(features, "--init", "run", "--data", "toy", "--out", "out") == 2
+        assert Path("out/features.pt").read_text() == "mine"
+
+    def test_a_long_video_s_features_are_those_of_its_middle(self, here):
+        write_frames("set/v.mp4", NOISE)
+        assert run(features, "--init", "run", "--data", "set", "--stride", 2, "--out", "out") == 0
+        assert torch.allclose(saved("out/features.pt")["features"][0], feature_at(12), atol=1e-4)
+
+    def test_k_nn_without_labels_is_refused(self, here):
         put({"a/0.mp4": 0}, "set")
         assert run(features, "--init", "run", "--data", "set/a", "--knn") == 2
 
-    def test_the_old_flag_names_the_new_script(self, toy, capsys):
+    def test_features_of_a_fine_tuned_network_are_those_that_its_head_gets(self, here):
+        """After fc_norm: of videos, and of windows."""
+        put({"v.mp4": 90}, "set")
+        content = saved("run/last.pt")
+        model = Classifier(load_encoder("run"), 5).eval()
+        nn.init.normal_(model.fc_norm.weight)
+        nn.init.normal_(model.fc_norm.bias)
+        torch.save(content | {"model": model.state_dict()}, "tuned.pt")
+        flags = ["--init", "tuned.pt", "--data", "set", "--out"]
+        assert run(features, *flags, "f") == run(windows, *flags, "w", "--window", 8) == 0
+        clip, = decode("set/v.mp4", lambda n: [range(8)])
+        model.head = nn.Identity()
+        wanted = model(normalise(clip.transpose(0, 1)[None], "cpu"))
+        for found in (saved("f/features.pt")["features"], numpy.load("w/v.npy")):
+            assert torch.allclose(torch.as_tensor(found), wanted, atol=1e-4)
+
+    def test_the_old_flag_names_the_new_script(self, here, capsys):
         assert run(features, *WINDOWS, "out") == 2
         assert capsys.readouterr().err.strip().endswith("python extras/windows.py")
+
+    def test_a_checkpoint_without_flags_gives_features_too(self, here):
+        put_greys(2)
+        content = saved("run/last.pt")
+        del content["args"]
+        torch.save(content, "bare.pt")
+        clip = ["--frames", 8, "--stride", 1, "--size", 32]
+        assert run(features, "--init", "bare.pt", "--data", "set", *clip, "--out", "out") == 0
+
+    def test_features_that_are_not_finite_are_not_written(self, here, capsys):
+        """Neither of videos nor of windows."""
+        put_greys(2)
+        content = saved("run/last.pt")
+        content["model"]["encoder.norm.bias"][0] = torch.nan
+        torch.save(content, "nan.pt")
+        assert run(features, "--init", "nan.pt", "--data", "set", "--out", "out") == 1
+        assert run(windows, "--init", "nan.pt", "--data", "set", "--window", 8, "--out", "w") == 1
+        assert capsys.readouterr().err.count("not finite") == 2
+        assert not list(Path(".").glob("*/*.npy")) and not Path("out/features.pt").exists()
+
+    def test_test_videos_that_are_missing_are_counted(self, here):
+        """k-NN and a fine-tuned accuracy say of how many videos of how many named they are."""
+        put_greys(6)
+        lines = "".join(f"{i}.mp4 {i % 2}\n" for i in range(6))
+        put({"train.csv": lines, "val.csv": lines + "gone.mp4 1\nlost.mp4 0\n"}, "set")
+        for script, more in ((features, ["--knn"]), (finetune, ["--freeze", "--epochs", 1])):
+            out = script.__name__.split(".")[-1]
+            assert run(script, "--init", "run", "--data", "set", *more, "--out", out) == 0
+            results = read_json(out)
+            assert (results["videos"], results["named"], results["missing"]) == (6, 8, 2)
+            assert "gone.mp4" in results["first_missing"]
 
 
 class TestWindows:
     @pytest.mark.parametrize("times, rows", [
         (range(0, 160, 4), 7), (range(0, 40, 4), 1), ([i * i for i in range(40)], 7)])
-    def test_windows_have_the_features_of_plain_clips(self, times, rows, toy, monkeypatch):
+    def test_windows_have_the_features_of_plain_clips(self, times, rows, here, monkeypatch):
         """At a constant rate, in a short video, at a varying rate; each frame is decoded once."""
         decoded, all_frames = [], windows.all_frames
         monkeypatch.setattr(windows, "all_frames", lambda path: (
@@ -191,7 +198,7 @@ class TestWindows:
         assert facts | dict(frames=len(times), feature_stride=4, window_span=16) == facts
         assert facts["fps"] == pytest.approx(100 * (len(times) - 1) / times[-1])
 
-    def test_an_unreadable_window_keeps_its_row(self, toy, monkeypatch, capsys):
+    def test_an_unreadable_window_keeps_its_row(self, here, monkeypatch, capsys):
         """The nearest one stands in, so that later rows keep their times."""
         def all_frames(path):
             yield from islice(reader.all_frames(path), 20)
@@ -212,83 +219,87 @@ class TestWindows:
         assert torch.equal(found[2:4], found[[1, 1]]) and torch.equal(found[4:6], found[[6, 6]])
         assert torch.allclose(found[6], feature_at(24), atol=1e-5)
 
-    def test_windows_resume_with_the_same_settings_and_stop_with_others(self, toy, capsys):
+    def test_windows_resume_and_name_what_is_unreadable(self, here, capsys):
         put_greys(3, bad=1)
         assert run(windows, *WINDOWS, "out") == 0 and "1.mp4" in capsys.readouterr().out
         before = os.stat("out/0.npy").st_mtime_ns
         os.remove("out/2.npy")
         assert run(windows, *WINDOWS, "out") == 0
         assert Path("out/2.npy").exists() and os.stat("out/0.npy").st_mtime_ns == before
+
+    def test_windows_of_other_settings_or_of_unknown_ones_are_not_mixed(self, here):
+        put_greys(1)
+        assert run(windows, *WINDOWS, "out") == 0
         assert run(windows, *WINDOWS, "out", "--step", 8) == 2
         os.remove("out/windows.json")
         assert run(windows, *WINDOWS, "out") == 2
 
-    def test_videos_of_one_name_are_refused(self, toy, capsys):
+    def test_videos_of_one_name_are_refused(self, here, capsys):
         put({"a/0.mp4": 0, "b/0.mp4": 0}, "set")
         assert run(windows, *WINDOWS, "out") == 2
         shown = capsys.readouterr().err
         assert "a/0.mp4" in shown and "b/0.mp4" in shown
 
-    def test_two_processes_write_the_windows_that_one_writes(self, toy):
+    def test_two_processes_write_the_windows_that_one_writes(self, here):
         put_greys(5, bad=2)
         assert run(windows, *WINDOWS, "one", "--workers", 2) == 0
-        assert "2.mp4" in two_processes(windows, *WINDOWS, "two")
+        assert "2.mp4" in in_two_processes(windows.main, *WINDOWS, "two")
         files = [path for path in Path("one").iterdir() if path.suffix]
         assert len(files) == 5
         for path in files:
             assert path.read_bytes() == Path("two", path.name).read_bytes()
 
 
-    def test_a_checkpoint_without_flags_gives_features_too(self, toy):
-        put_greys(2)
-        content = saved("run/last.pt")
-        del content["args"]
-        torch.save(content, "bare.pt")
-        clip = ["--frames", 8, "--stride", 1, "--size", 32]
-        assert run(features, "--init", "bare.pt", "--data", "set", *clip, "--out", "out") == 0
 
-    def test_features_that_are_not_finite_are_not_written(self, toy, capsys):
-        """Neither of videos nor of windows."""
-        put_greys(2)
-        content = saved("run/last.pt")
-        content["model"]["encoder.norm.bias"][0] = torch.nan
-        torch.save(content, "nan.pt")
-        assert run(features, "--init", "nan.pt", "--data", "set", "--out", "out") == 1
-        assert run(windows, "--init", "nan.pt", "--data", "set", "--window", 8, "--out", "w") == 1
-        assert capsys.readouterr().err.count("not finite") == 2
-        assert not list(Path(".").glob("*/*.npy")) and not Path("out/features.pt").exists()
+@pytest.fixture
+def prepared(here, monkeypatch):
+    """A function that starts finetune.py with flags and returns what it would train. It does not:
+    the model gives `outputs` of a video instead, if there are any, and is then tested."""
+    def prepare(*flags, outputs=None):
+        given = SimpleNamespace()
 
-    def test_test_videos_that_are_missing_are_counted(self, toy):
-        """k-NN and a fine-tuned accuracy say of how many videos of how many named they are."""
-        put_greys(6)
-        lines = "".join(f"{i}.mp4 {i % 2}\n" for i in range(6))
-        put({"train.csv": lines, "val.csv": lines + "gone.mp4 1\nlost.mp4 0\n"}, "set")
-        for script, more in ((features, ["--knn"]), (finetune, ["--freeze", "--epochs", 1])):
-            out = script.__name__.split(".")[-1]
-            assert run(script, "--init", "run", "--data", "set", *more, "--out", out) == 0
-            results = read_json(out)
-            assert (results["videos"], results["named"], results["missing"]) == (6, 8, 2)
-            assert "gone.mp4" in results["first_missing"]
+        def fit(args, model, optimizer, clips, loss_of, **_):
+            given.model, given.clips, given.loss_of = model, clips, loss_of
+            Path(args.out).mkdir(exist_ok=True)
+            if outputs:
+                model.forward = outputs
+            return outputs is not None
+        monkeypatch.setattr(finetune, "fit", fit)
+        assert run(finetune, "--init", "run", "--out", "out", *flags) == 0
+        return given
+    return prepare
+
+
+@pytest.fixture
+def unmixed(monkeypatch):
+    """Clips are not mixed with each other; torch's random numbers start anew."""
+    for name in ("MixUp", "CutMix"):
+        monkeypatch.setattr(v2, name, lambda **_: lambda video, labels: (video, labels))
+    torch.manual_seed(0)
 
 
 class TestFineTuning:
-    def test_a_classifier_its_drop_path_and_its_learning_rates(self):
-        encoder = Encoder(dim=32, depth=2, heads=2, tube=(2, 8, 8))
-        model, video = Classifier(encoder, 5, 0.25).double(), torch.randn(2, 3, 4, 32, 32).double()
-        assert 0 < model.head.weight.abs().max() < 1e-4 and not model.head.bias.any()
-        first, last, x = *(block.attn for block in encoder.blocks), torch.randn(1, 3, 32).double()
+    def test_a_head_starts_near_zero(self):
+        head = Classifier(Encoder(dim=32, depth=1, heads=2), 5).head
+        assert 0 < head.weight.abs().max() < 1e-4 and not head.bias.any()
+
+    def test_drop_path_skips_a_clip_or_scales_it_up(self):
+        """All its tokens alike, so that the mean stays."""
+        encoder = Encoder(dim=32, depth=2, heads=2)
+        Classifier(encoder, 5, 0.25)
+        last, x = encoder.blocks[1].attn.double(), torch.randn(1, 3, 32).double()
         kept = (last(x.expand(4000, -1, -1)) / last.eval()(x)).flatten(1)
         assert set(kept[:, 0].round(decimals=6).tolist()) == {0, round(1 / 0.75, 6)}
         assert torch.allclose(kept, kept[:, :1]) and 0.95 < kept.mean() < 1.05
-        assert torch.allclose(first(x), first.eval()(x))
+
+    def test_a_classifier_norms_the_mean_of_all_tokens(self):
+        """The encoder's own last norm is left out."""
+        encoder = Encoder(dim=32, depth=2, heads=2, tube=(2, 8, 8))
+        nn.init.normal_(encoder.norm.weight)
+        model, video = Classifier(encoder, 5).eval(), torch.randn(2, 3, 4, 32, 32)
         tokens = encoder.patch_embed(sigma.take_tubes(video, (2, 8, 8))) + sigma.positions(32, 32)
-        pooled = F.layer_norm(encoder.blocks.eval()(tokens).mean(dim=1), (32,), eps=1e-6)
-        assert torch.allclose(model.eval()(video), pooled @ model.head.weight.T, atol=1e-12)
-        rates = {p: (group["scale"], group["weight_decay"])
-                 for group in finetune.make_optimizer(model).param_groups for p in group["params"]}
-        assert rates.keys() == set(model.parameters()) and rates[model.head.weight] == (1, 0.05)
-        assert rates[first.q_bias] == (0.75 ** 2, 0)
-        assert rates[encoder.patch_embed.proj.weight] == (0.75 ** 3, 0.05)
+        pooled = F.layer_norm(encoder.blocks(tokens).mean(dim=1), (32,), eps=1e-6)
+        assert torch.allclose(model(video), pooled @ model.head.weight.T, atol=1e-6)
 
     def test_groups_by_name_have_the_published_rates_and_decay(self):
         model = Classifier(Encoder(dim=32, depth=2, heads=2, tube=(2, 8, 8)), 5)
@@ -308,13 +319,106 @@ class TestFineTuning:
         assert found == wanted
         assert all(group["betas"] == (0.9, 0.999) for group in optimizer.param_groups)
 
-    @pytest.mark.parametrize("sampling, mirrored", [("dense", True), ("segments", False)])
-    def test_clips_by_segments_are_never_mirrored(self, sampling, mirrored, monkeypatch):
+    @pytest.mark.parametrize("flags, largest", [([], 0.1), (["--freeze"], 0)])
+    def test_drop_path_grows_linearly_over_the_blocks_to_a_tenth(self, flags, largest, prepared):
+        """It skips halves of blocks, for some clips; a probe has none."""
+        blocks, clips = prepared(*flags).model.train().encoder.blocks, torch.randn(8000, 1, 128)
+        for i, block in enumerate(blocks):
+            for half in (block.attn, block.mlp):
+                skipped = (half(clips) == 0).flatten(1).all(dim=1).float().mean()
+                assert skipped == pytest.approx(largest * i / (len(blocks) - 1), abs=0.015)
+
+    @pytest.mark.parametrize("lines, flags, score", [
+        ("a.png 1\nb.png 1\n", [], "top1"), ("a.png\nb.png 0\n", ["--multi-label"], "mAP")],
+        ids=["one label", "several"])
+    def test_probabilities_of_a_video_s_views_are_averaged(self, lines, flags, score, prepared):
+        """Not logits, in which one view of three that is very sure would outweigh the others."""
+        picture = torch.zeros(3, 8, 24)
+        picture[:, :, 16:] = 1  # the last of three crops
+        Path("set").mkdir()
+        save_image(picture, "set/a.png")
+        save_image(torch.full_like(picture, 0.5), "set/b.png")
+        put({"train.csv": "a.png 0\na.png 1\n", "val.csv": lines}, "set")
+        logits = torch.tensor([[-5.0, 5], [0, 10], [100, 0]])  # of a dark, a grey, a bright view
+
+        def outputs(video):
+            brightness = video.mean(dim=(1, 2, 3, 4))
+            return logits[(brightness > -1).long() + (brightness > 1)]
+        prepared("--data", "set", "--size", 8, "--views", 1, 3, *flags, outputs=outputs)
+        assert read_json("out")[score] == 1
+
+    def test_a_video_that_cannot_be_read_counts_as_wrong(self, prepared):
+        put_lists(lambda i: 0)
+        prepared("--data", "set", outputs=lambda video: torch.eye(2)[:1].expand(len(video), -1))
+        assert read_json("out")["top1"] == pytest.approx(10 / 11)
+
+    @pytest.mark.parametrize("amp", ["bf16", "off"])
+    def test_training_and_testing_take_the_precision_of_amp(self, amp, prepared):
+        found = []
+
+        def outputs(video):
+            found.append(torch.is_autocast_enabled("cpu"))
+            return torch.zeros(len(video), 8)
+        prepared("--amp", amp, outputs=outputs).loss_of(outputs, data.Batch(
+            torch.zeros(1, 3, 2, 8, 8).byte(), None, torch.tensor([0]), None, {}))
+        assert len(found) > 1 and set(found) == {amp == "bf16"}
+
+    @pytest.mark.parametrize("dim, calls", [(1024, 2), (768, 1)])
+    def test_blocks_as_wide_as_large_s_are_computed_again_for_their_gradient(
+            self, dim, calls, prepared):
+        sizes, counted = dict(dim=dim, depth=1, heads=16, tube=(4, 8, 8)), []
+        weights = nn.ModuleDict({"encoder": Encoder(**sizes)}).state_dict()
+        torch.save({"model": weights, "sizes": sizes}, "wide.pt")
+        model = prepared("--init", "wide.pt", "--frames", 8, "--size", 32).model
+        model.encoder.blocks[0].norm1.register_forward_hook(lambda *_: counted.append(1))
+        model(torch.randn(1, 3, 8, 16, 16)).sum().backward()
+        assert len(counted) == calls
+
+    @pytest.mark.parametrize("sampling, frames", [
+        ("dense", augment.dense_frames), ("segments", augment.segment_frames)])
+    def test_clips_have_the_frames_of_sampling_and_random_crops(
+            self, sampling, frames, prepared, monkeypatch):
+        monkeypatch.setitem(finetune.RECIPES["toy"], "augment", True)
+        for flags, crop in (([], augment.random_crop), (["--no-augment"], data.centre_crop)):
+            clips = prepared("--sampling", sampling, *flags).clips
+            assert (clips.choose, clips.crop) == (frames, crop)
+
+    @pytest.mark.parametrize("n", [5, 10, 16, 40, 100])
+    def test_segments_are_equal_parts_and_any_frame_of_one_may_be_drawn(self, n):
+        """Where there are fewer frames than segments, the frame at a segment's start is taken."""
+        drawn = zip(*(augment.segment_frames(n, 16, 2, data.seeded(i)) for i in range(200)))
+        part = n // 16
+        for i, frames in enumerate(drawn):
+            assert set(frames) == (set(range(i * part, (i + 1) * part)) or {i * n // 16})
+
+    def test_a_dense_window_may_start_anywhere(self):
+        starts = {augment.dense_frames(70, 16, 4, data.seeded(i))[0] for i in range(100)}
+        assert starts == set(range(6))
+
+    @pytest.mark.parametrize("sampling", ["dense", "segments"])
+    def test_a_video_is_tested_on_the_frames_of_its_sampling(self, sampling, prepared):
+        shades = torch.arange(16) * 15
+        write_frames("set/v.mp4", shades[:, None, None, None].expand(16, 32, 32, 3))
+        put({"list.csv": "v.mp4 0\n"}, "set")
+        found = []
+
+        def outputs(video):
+            found.append((video * 0.225 + 0.45).mean(dim=(1, 3, 4))[0] * 255)  # about
+            return torch.zeros(1, 2)
+        prepared("--data", "set/list.csv", "--val", "set/list.csv", "--sampling", sampling,
+                 outputs=outputs)
+        frames, = augment.view_frames(16, 8, 1, 1, sampling)
+        assert found[0].tolist() == pytest.approx(shades[frames].tolist(), abs=7)
+
+    @pytest.mark.parametrize("sampling, flip, mirrored", [
+        ("dense", True, True), ("dense", False, False), ("segments", True, False)])
+    def test_dense_clips_alone_are_mirrored_unless_no_flip(
+            self, sampling, flip, mirrored, monkeypatch):
         asked = []
         monkeypatch.setattr(finetune, "augment", lambda video, labels, classes, flip: (
             asked.append(flip) or video.float(), labels))
         args = argparse.Namespace(repeat=1, augment=True, multi_label=False, amp="off",
-                                  sampling=sampling, flip=True)
+                                  sampling=sampling, flip=flip)
         batch = data.Batch(torch.zeros(2, 3, 2, 8, 8).byte(), None, torch.tensor([0, 1]), None, {})
         finetune.loss_of(lambda video: torch.zeros(2, 3), batch, args, 3, None)
         assert asked == [mirrored]
@@ -327,11 +431,17 @@ class TestFineTuning:
         wanted = -(torch.tensor([0.925, 0.025, 0.025, 0.025]) * logits.log_softmax(dim=1)).sum()
         assert loss.item() == pytest.approx(wanted.item())
 
-    def test_erased_boxes_have_noise_of_their_own_in_each_frame(self, monkeypatch):
+    def test_several_labels_have_a_cross_entropy_each_without_smoothing(self):
+        args = argparse.Namespace(repeat=1, augment=False, multi_label=True, amp="off")
+        batch = data.Batch(torch.zeros(1, 3, 2, 8, 8).byte(), None, torch.tensor([1]), None, {})
+        logits, table = torch.tensor([[3.0, -1, 0]]), torch.tensor([[0.0, 1, 0], [1, 0, 1]])
+        loss, _ = finetune.loss_of(lambda video: logits, batch, args, 3, table)
+        said = torch.where(table[1] == 1, logits.sigmoid(), 1 - logits.sigmoid())  # of the truth
+        assert loss.item() == pytest.approx(-said.log().mean().item())
+
+    def test_erased_boxes_have_noise_of_their_own_in_each_frame(self, unmixed, monkeypatch):
         """A quarter of the clips lose a box, the same one in all frames."""
-        monkeypatch.setattr(augment.v2, "RandAugment", lambda *_, **__: augment.v2.Identity())
-        monkeypatch.setattr(augment.v2, "MixUp", lambda **_: lambda video, labels: (video, labels))
-        monkeypatch.setattr(augment.v2, "CutMix", augment.v2.MixUp)
+        monkeypatch.setattr(v2, "RandAugment", lambda *_, **__: v2.Identity())
         torch.manual_seed(0)
         still = torch.full((400, 3, 3, 16, 16), 128).byte()
         video, _ = augment.augment(still, torch.zeros(400).long(), 2, flip=False)
@@ -344,18 +454,41 @@ class TestFineTuning:
         assert (video[erased][:, :, 0] - video[erased][:, :, 1]).abs().amax(dim=(1, 2, 3)).min() > 0
 
     def test_all_frames_of_a_clip_are_distorted_alike(self, monkeypatch):
-        """A still one stays still, but for the noise that erases; mirrored only if asked."""
+        """A still one stays still, but for the noise that erases."""
+        monkeypatch.setattr(v2, "RandomErasing", lambda *_, **__: v2.Identity())
         still = torch.randint(256, (6, 3, 1, 16, 16)).byte().expand(-1, -1, 4, -1, -1)
-        with monkeypatch.context() as without:
-            without.setattr(augment.v2, "RandomErasing", lambda *_, **__: augment.v2.Identity())
-            for _ in range(20):
-                video, _ = augment.augment(still, torch.arange(6), 7, flip=True)
-                assert torch.allclose(video, video[:, :, :1].expand_as(video))
-        monkeypatch.setattr(augment.v2, "RandAugment", lambda *_, **__: augment.v2.Identity())
-        ramp = torch.arange(32).mul(8).byte().expand(32, 3, 2, 32, 32)  # brighter to the right
-        for flip in (False, True):
-            columns = augment.augment(ramp, torch.arange(32) % 4, 4, flip)[0].mean(dim=(1, 2, 3))
-            assert (columns[:, 24:].sum(1) > columns[:, :8].sum(1)).all() == (not flip)
+        for _ in range(20):
+            video, _ = augment.augment(still, torch.arange(6), 7, flip=True)
+            assert torch.allclose(video, video[:, :, :1].expand_as(video))
+
+    @pytest.mark.parametrize("flip, low, high", [(False, 0, 0), (True, 0.35, 0.65)])
+    def test_half_of_the_clips_are_mirrored_if_asked(self, flip, low, high, unmixed, monkeypatch):
+        monkeypatch.setattr(v2, "RandAugment", lambda *_, **__: v2.Identity())
+        monkeypatch.setattr(v2, "RandomErasing", lambda *_, **__: v2.Identity())
+        ramp = torch.arange(16).mul(8).byte().expand(200, 3, 2, 16, 16)  # brighter to the right
+        columns = augment.augment(ramp, torch.zeros(200).long(), 2, flip)[0].mean(dim=(1, 2, 3))
+        assert low <= (columns[:, 0] > columns[:, -1]).float().mean() <= high
+
+    def test_four_operations_of_strength_7_are_each_applied_to_half_of_the_clips(
+            self, unmixed, monkeypatch):
+        """As RandAugment's "m7-n4-mstd0.5" in the published commands: of 10, give or take 0.5."""
+        used = []
+        monkeypatch.setattr(v2, "RandAugment", lambda number, strength, bins, **_: v2.Lambda(
+            lambda clip: used.append(10 * number * strength / (bins - 1)) or clip))
+        augment.augment(torch.zeros(300, 3, 2, 8, 8).byte(), torch.zeros(300).long(), 2, False)
+        assert 0.45 < len(used) / (4 * 300) < 0.55
+        assert 6 <= min(used) < 6.9 < sum(used) / len(used) < 7.1 < max(used) <= 8
+
+    def test_clips_are_mixed_by_mixup_and_cutmix_in_turns(self, monkeypatch):
+        """Of shares from Beta(0.8, 0.8) and from Beta(1, 1)."""
+        used = []
+        for name in ("MixUp", "CutMix"):
+            monkeypatch.setattr(v2, name, lambda alpha, num_classes, name=name: v2.Lambda(
+                lambda x: used.append((name, alpha)) or x))
+        for _ in range(100):
+            augment.augment(torch.zeros(1, 3, 1, 8, 8).byte(), torch.zeros(1).long(), 2, False)
+        assert set(used) == {("MixUp", 0.8), ("CutMix", 1.0)}
+        assert 0.3 < used.count(("MixUp", 0.8)) / len(used) < 0.7
 
     @pytest.mark.parametrize("labels", [[0, 2], [[1, 1, 0, 0], [0, 0, 1, 0]]])  # one, several
     def test_mixing_gives_each_clip_s_labels_its_share(self, labels):
@@ -406,7 +539,7 @@ class TestFineTuning:
         assert results["mAP"] == 1 and results["unreadable"] == 1
         assert (results["named"], results["first_missing"]) == (3, "c: there is no file")
 
-    def test_several_labels_a_line_are_learned_and_tested_by_map(self, toy):
+    def test_several_labels_a_line_are_learned_and_tested_by_map(self, here):
         """Without the flag such a list is refused."""
         put_lists(lambda i: f"{i % 3} {3 + i % 2}")
         flags = ["--data", "set", "--init", "run", "--epochs", 1, "--out"]
@@ -416,21 +549,26 @@ class TestFineTuning:
         assert 0 < results["mAP"] <= 1 and (results["videos"], results["unreadable"]) == (11, 1)
         assert len(saved("several/last.pt")["model"]["head.bias"]) == 5
 
-    def test_frames_and_crops_to_train_and_to_test_on(self):
-        for n in range(65, 365, 3):
-            one, two = (augment.dense_frames(n, 16, 4, data.seeded(n)) for _ in range(2))
-            assert one == two == [min(int(one[0] + i * 64 / 15), one[0] + 63) for i in range(16)]
-            parts = [index // 3 for index in augment.segment_frames(50, 16, 2, data.seeded(n))]
-            assert parts == list(range(16))
+    def test_dense_frames_lie_evenly_in_a_window(self):
+        """Of 16 x 4 frames; a shorter video gives a frame for each stride, then its last."""
+        for n in range(65, 365, 30):
+            frames = augment.dense_frames(n, 16, 4, data.seeded(n))
+            assert frames == [min(int(frames[0] + i * 64 / 15), frames[0] + 63) for i in range(16)]
         assert augment.dense_frames(30, 16, 4) == [0, 5, 10, 15, 20, 25] + [29] * 10
-        assert augment.segment_frames(4, 16, 2) == sorted([0, 1, 2, 3] * 4)
+
+    def test_random_crops_have_8_to_100_percent_of_the_area(self):
         areas = [height * width / 48 / 64 for _, _, height, width in (
             augment.random_crop(48, 64, data.seeded(seed)) for seed in range(200))]
         assert 0.07 < min(areas) < 0.2 < 0.8 < max(areas) <= 1
-        dense = augment.view_frames(300, 16, 4, 5, "dense")  # every 4th: 75 frames
-        assert [view[0] // 4 for view in dense] == [int(c * (75 - 16) / 4) for c in range(5)]
+
+    def test_test_clips_lie_evenly_over_a_video(self):
+        """Dense: every fourth of 300 frames, 75, from five starts; the last is held."""
+        starts = [view[0] // 4 for view in augment.view_frames(300, 16, 4, 5, "dense")]
+        assert starts == [int(c * (75 - 16) / 4) for c in range(5)]
         assert augment.view_frames(20, 16, 4, 5, "dense") == [[0, 4, 8, 12] + [16] * 12] * 5
         assert augment.view_frames(9, 3, 2, 2, "segments") == [[0, 3, 6], [1, 4, 7]]
+
+    def test_test_crops_lie_evenly_along_the_long_side(self):
         chosen = [[0, 2, 4, 6], [1, 1, 1, 1]]
         write_frames("v.mp4", NOISE)
         views, *_ = augment.Views([("v.mp4", 0)], frames=4, stride=2, size=24, tube=(2, 8, 8),
@@ -440,35 +578,56 @@ class TestFineTuning:
         wanted = torch.stack([clips[..., left:left + 24] for left in (0, 4, 8)], dim=1)
         assert torch.equal(views, wanted.flatten(0, 1))
 
-    def test_the_probe_moves_no_weight_of_the_encoder(self, toy, capsys):
-        flags = ["--freeze", "--init", "run", "--epochs", 2, "--limit", 40, "--out", "probe"]
-        assert run(finetune, *flags) == 0 and "a new head" in capsys.readouterr().out
-        before, after = (saved(f"{out}/last.pt")["model"] for out in ("run", "probe"))
+    def test_the_probe_moves_no_weight_of_the_encoder(self, here):
+        assert run(finetune, "--freeze", "--init", "run", "--epochs", 2, "--out", "probe") == 0
+        before, after = saved("run")["model"], saved("probe")["model"]
         assert all(torch.equal(after[n], before[n]) for n in after if n.startswith("encoder."))
-        assert after["head.weight"].abs().max() > 2e-4 and read_json("probe")["videos"] == 32
-        put({"results.json": json.dumps(read_json("probe") | {"summary": "as before"})}, "probe")
+        assert after["head.weight"].abs().max() > 2e-4
+
+    def test_a_finished_run_is_tested_again_for_other_views_or_videos_alone(self, here, capsys):
+        flags = ["--freeze", "--init", "run", "--epochs", 1, "--limit", 40, "--out", "out"]
+        assert run(finetune, *flags) == 0
+        put({"results.json": json.dumps(read_json("out") | {"summary": "as before"})}, "out")
         assert run(finetune, *flags) == 0 and "as before" in capsys.readouterr().out
-        assert run(finetune, "--init", "probe", "--max-steps", 1, "--out", "on") == 0
-        assert "head.weight" in capsys.readouterr().out
-        for wrong in (["--model", "small"], ["--size", 30], ["--val", "data/toy/val/0_right"]):
-            assert run(finetune, "--init", "run", "--out", "never", *wrong) == 2  # or: no labels
+        put({"one.csv": f"{find_videos('data/toy/val')[0][0][0]} 0\n"})
+        for more, number in (["--views", 2, 1], 32), (["--views", 2, 1, "--val", "one.csv"], 1):
+            assert run(finetune, *flags, *more) == 0
+            found = read_json("out")
+            assert (found["videos"], found["args"]["views"]) == (number, [2, 1])
 
-    def test_fine_tuning_resumes_exactly_though_it_mixes(self, toy, monkeypatch, capsys):
+    def test_a_head_for_as_many_classes_is_taken_on(self, here):
+        for init in ("run", "first"):  # the first step's rate is 0
+            flags = ["--init", init, "--max-steps", 1, "--out"]
+            assert run(finetune, *flags, "first" if init == "run" else "second") == 0
+        assert torch.equal(saved("first")["model"]["head.weight"],
+                           saved("second")["model"]["head.weight"])
+        put_lists(lambda i: i % 3)
+        assert run(finetune, *flags, "third", "--data", "set") == 0  # another number: a new one
+        assert len(saved("third")["model"]["head.weight"]) == 3
+
+    @pytest.mark.parametrize("flags", [
+        ["--model", "small"], ["--size", 30], ["--val", "data/toy/val/0_right"]])
+    def test_another_size_or_a_test_set_without_labels_is_refused(self, flags, here):
+        assert run(finetune, "--init", "run", "--out", "never", *flags) == 2
+
+    def test_fine_tuning_resumes_exactly_though_it_mixes(self, here, monkeypatch):
         monkeypatch.setitem(finetune.RECIPES["toy"], "augment", True)
-        common = ["--epochs", 3, "--batch-size", 16, "--repeat", 2, "--accum", 1, "--out"]
-        for flags in (["whole"], ["parts", "--max-steps", 5], ["parts"]):
-            assert run(finetune, *common, *flags) == 0
-        assert same(saved("whole/last.pt")["model"], saved("parts/last.pt")["model"])
-        assert run(finetune, *common, "parts", "--views", 2, 1) == 0
-        assert read_json("parts")["args"]["views"] == [2, 1]  # tested once more
-        assert run(finetune, *common, "parts", "--lr", 0.5) == 2
-        assert "0.5" in capsys.readouterr().err
+        flags = ["--epochs", 2, "--batch-size", 16, "--repeat", 2, "--accum", 1, "--views", 1, 1]
+        for out, *more in (["whole"], ["parts", "--max-steps", 5], ["parts"]):
+            assert run(finetune, *flags, "--out", out, *more) == 0
+        assert same(saved("whole")["model"], saved("parts")["model"])
 
-        def fit(args, model, optimizer, clips, loss_of, **_):
-            batch = data.collate([clips[0, 0], clips[0, 63]])  # of the first and the last class
-            assert loss_of(lambda video: 99 * F.one_hot(torch.tensor([0, 0, 7, 7])), batch)[0] < 9.9
-        monkeypatch.setattr(finetune, "fit", fit)
-        assert run(finetune, "--no-augment", "--repeat", 2, "--out", "never") == 0
+    def test_each_layer_trains_at_three_quarters_of_the_next_one_s_rate(self, here):
+        assert run(finetune, "--init", "run", "--max-steps", 2, "--out", "out") == 0
+        rates = sorted({group["lr"] for group in saved("out")["optimizer"]["param_groups"]})
+        assert len(rates) == 6  # of the head, four blocks, the embedding
+        assert all(below == pytest.approx(0.75 * rate) for below, rate in zip(rates, rates[1:]))
+
+    def test_each_clip_from_one_decoding_has_its_video_s_label(self, prepared):
+        given = prepared("--no-augment", "--repeat", 2)
+        batch = data.collate([given.clips[0, 0], given.clips[0, 63]])  # first and last class
+        right = 99 * F.one_hot(torch.tensor([0, 0, 7, 7]))
+        assert given.loss_of(lambda video: right, batch)[0] < 9.9
 
     @pytest.mark.parametrize("flags, wanted", [
         ("k400", dict(epochs=100, lr=1e-3, global_batch=256, views=[7, 3], sampling="dense",
@@ -480,7 +639,7 @@ class TestFineTuning:
         ("k400 --init run", dict(frames=8, stride=1, size=32)),
         ("k400 --init run --size 64 --stride 3", dict(frames=8, stride=3, size=64)),
         ("k400 --init other.pt", dict(frames=4, stride=4, size=16))])  # which tells no stride
-    def test_recipes_are_the_published_ones_and_clips_the_run_s(self, flags, wanted, toy):
+    def test_recipes_are_the_published_ones_and_clips_the_run_s(self, flags, wanted, here):
         torch.save(saved("run/last.pt") | {"args": {"frames": 4, "size": 16}}, "other.pt")
         args, _ = finetune.parse(["--data", *flags.split()])
         assert vars(args) | wanted == vars(args)
@@ -494,11 +653,11 @@ class TestFineTuning:
         # Drop path would draw other numbers.
         (finetune, "top1", *(["--freeze", "--lr", 1, "--batch-size", n] for n in (4, 2))),
         (features, "knn", ["--knn"], ["--knn"])])
-    def test_two_processes_with_uneven_shares_get_one_s_accuracy(self, script, key, one, two, toy):
+    def test_two_processes_with_uneven_shares_get_one_s_accuracy(self, script, key, one, two, here):
         put_lists(lambda i: i % 3)
         flags = ["--data", "set", "--init", "run", "--workers", 0, "--out"]
         assert run(script, *flags, "one", *one) == 0
-        assert "6.mp4" in two_processes(script, *flags, "two", *two)
+        assert "6.mp4" in in_two_processes(script.main, *flags, "two", *two)
         one, two = read_json("one"), read_json("two")
         assert one[key] == two[key] and (two["videos"], two["unreadable"]) == (11, 1)
 
@@ -531,21 +690,28 @@ def labels_of(place, split="train"):
 
 class TestVideos:
     @pytest.mark.parametrize("name", LAYOUTS)
-    def test_official_tables_become_lists_that_train(self, name, capsys):
+    def test_official_tables_become_lists_that_train(self, name):
         files, *labels = LAYOUTS[name]
-        command = ["lists", name, "set", "--out", "lists"]
-        put(dict(list(files.items())[:-1]), "set")
-        assert run(videos, *command) == 2 and not Path("lists").exists()  # a table lacks
-        assert "layout" in capsys.readouterr().err
         put(files, "set")
-        assert run(videos, *command) == 0
+        assert run(videos, "lists", name, "set", "--out", "lists") == 0
         assert [labels_of("lists"), labels_of("lists", "val")] == labels
         assert len(Path("lists/missing.txt").read_text().splitlines()) == 1
-        assert run(train, "--data", name, "--root", "lists", "--model", "small", "--size", 32,
+        assert run(train, "--data", name, "--root", "lists", "--model", "tiny", "--size", 32,
                    "--frames", 4, "--max-steps", 1, "--workers", 0, "--out", "run") == 0
-        assert run(videos, *command) == 2  # not twice
 
-    def test_check_lists_the_good_and_names_the_bad(self, capsys):
+    @pytest.mark.parametrize("name", LAYOUTS)
+    def test_without_one_of_its_tables_a_set_gets_no_lists(self, name, capsys):
+        put(dict(list(LAYOUTS[name][0].items())[:-1]), "set")
+        assert run(videos, "lists", name, "set", "--out", "lists") == 2
+        assert "layout" in capsys.readouterr().err and not Path("lists").exists()
+
+    def test_lists_are_not_overwritten(self):
+        put(LAYOUTS["ssv2"][0], "set")
+        put({"val.csv": "mine"}, "lists")
+        assert run(videos, "lists", "ssv2", "set", "--out", "lists") == 2
+        assert os.listdir("lists") == ["val.csv"]
+
+    def test_check_lists_the_good_and_names_the_bad(self):
         put({"train/a/1.mp4": 30, "train/b/2 2.mp4": 30, "train/b/3.mp4": "", "val/b/4.mp4": 30,
              "train/b/notes.txt": ""}, "set")
         cut = "set/train/b/cut.mp4"  # its header promises 20 frames
@@ -554,11 +720,18 @@ class TestVideos:
             tenth = [packet for packet in container.demux() if packet.size][9]
         os.truncate(cut, tenth.pos + tenth.size)
         assert run(videos, "check", "set", "--out", "out", "--workers", 2) == 0
-        assert capsys.readouterr().err.count("100%") == 2  # the bars reach the end
         bad = Path("out/bad.txt").read_text()
         assert bad.count("\n") == 3
         assert all(name in bad for name in ("3.mp4: ", "notes.txt", "cut.mp4"))
         assert labels_of("out") == [0, 1] and labels_of("out", "val") == [1]
+
+    def test_the_bars_of_check_reach_their_end(self, capsys):
+        put({"train/a/1.mp4": 30, "val/a/2.mp4": 30}, "set")
+        assert run(videos, "check", "set", "--out", "out", "--workers", 0) == 0
+        assert capsys.readouterr().err.count("100%") == 2
+
+    def test_check_writes_to_a_new_folder_alone(self):
+        put({"a/1.mp4": 30}, "set")
         assert run(videos, "check", "set", "--out", "set") == 2
 
     @pytest.mark.parametrize("name, times, tick, turns", [
@@ -599,41 +772,53 @@ class TestVideos:
             assert label == 0 and decode(path, lambda n: [[n - 1]])[0].float().mean() < 40
         assert "cam:1" in capsys.readouterr().out  # whose coding is strict, as a terminal's
 
-    def test_prepare_keeps_names_and_overwrites_nothing(self):
-        """Of x.avi and x.mp4 each its own; old names and absolute paths in lists lead to copies."""
-        put({"x/1.webm": 30, "bad.mp4": "text", "x.avi": 60, "x.mp4": 200, "list.csv":
+    def test_prepared_videos_keep_their_names_and_lists_lead_to_them(self):
+        """Of x.avi and x.mp4 each its own; also old names and absolute paths in lists."""
+        put({"x/1.webm": 30, "x.avi": 60, "x.mp4": 200, "list.csv":
              f"x/1.webm 3\nx.avi 0\nx.mp4 1\n{Path.cwd()}/a/x.mp4 2\n"}, "a")
-        frames = torch.arange(80)[:, None, None, None].expand(80, 256, 342, 3).byte() * 3
-        toy_set.write_video("a/long.mp4", frames, rate=25)
         assert run(videos, "prepare", "a", "b", "--workers", 2) == 0
-        assert "bad.mp4: " in Path("b/bad.txt").read_text()
+        paths = [os.path.relpath(path) for path, _ in find_videos("b/list.csv")[0]]
+        assert paths == ["b/x/1.mp4", "b/x.avi", "b/x.mp4", "b/x.mp4"]
+        shades = [decode(path, lambda n: [[n - 1]])[0].float().mean().item() for path in paths]
+        assert shades == pytest.approx([30, 60, 200, 200], abs=5)
+
+    def test_a_prepared_video_is_made_for_fast_reading(self):
+        """A key frame every 32 frames, and B-frames between; of a size that stays here."""
+        frames = torch.arange(80)[:, None, None, None].expand(80, 256, 342, 3).byte() * 3
+        Path("a").mkdir()
+        toy_set.write_video("a/long.mp4", frames, rate=25)
+        assert run(videos, "prepare", "a", "b", "--workers", 0) == 0
         with av.open("b/long.mp4") as container:
             stream, found = container.streams.video[0], list(container.decode(video=0))
             assert (stream.height, stream.width, len(container.streams)) == (256, 342, 1)
         assert [i for i, frame in enumerate(found) if frame.key_frame] == [0, 32, 64]
         assert sum(frame.pict_type == av.video.frame.PictureType.B for frame in found) >= 54
-        paths = [os.path.relpath(path) for path, _ in find_videos("b/list.csv")[0]]
-        assert paths == ["b/x/1.mp4", "b/x.avi", "b/x.mp4", "b/x.mp4"]
-        shades = [decode(path, lambda n: [[n - 1]])[0].float().mean().item()
-                  for path in [*paths, "b/long.mp4"]]
-        assert shades == pytest.approx([30, 60, 200, 200, 237], abs=5)
+
+    def test_prepare_names_what_it_cannot_read(self):
+        put({"bad.mp4": "text", "good.mp4": 30}, "a")
+        assert run(videos, "prepare", "a", "b", "--workers", 0) == 0
+        assert "bad.mp4: " in Path("b/bad.txt").read_text() and Path("b/good.mp4").exists()
+
+    def test_prepare_goes_on_and_overwrites_nothing(self):
+        put({"x/1.mp4": 30, "x.mp4": 60, "list.csv": "x.mp4 1\n"}, "a")
         put({"x.mp4": "mine", "list.csv": "mine"}, "b")
-        os.remove("b/x/1.mp4")
         assert run(videos, "prepare", "a", "b", "--workers", 0) == 0
         assert Path("b/x/1.mp4").exists()
         assert Path("b/x.mp4").read_text() == Path("b/list.csv").read_text() == "mine"
-        assert run(videos, "prepare", "a", "a/x") == run(videos, "prepare", "a/x", "a") == 2
+
+    def test_prepare_needs_a_target_outside_its_source(self):
+        put({"x/1.mp4": 30}, "a")
+        assert run(videos, "prepare", "a", "a/y") == run(videos, "prepare", "a/x", "a") == 2
 
     def test_prepare_killed_leaves_only_complete_files(self):
         for i in range(4):
             write_frames(f"a/{i}.mp4", NOISE[:30])
-        process = subprocess.Popen([sys.executable, videos.__file__, "prepare", "a", "b",
-                                    "--workers", "0"], stderr=subprocess.DEVNULL)
+        process, _ = start_apart(launch, videos.main, ["prepare", "a", "b", "--workers", "0"])
         while not list(Path("b").glob("*.mp4")):
-            with pytest.raises(subprocess.TimeoutExpired):  # it still runs
-                process.wait(0.05)
+            assert process.is_alive()
+            process.join(0.01)
         process.kill()
-        process.wait()
+        process.join()
         done = list(Path("b").glob("*.mp4"))
         assert len(done) < 4 and all(len(decode(p, lambda n: [range(n)])[0]) == 30 for p in done)
         assert run(videos, "prepare", "a", "b", "--workers", 0) == 0
@@ -804,9 +989,10 @@ class TestWeights:
 
 class TestBench:
     @pytest.fixture
-    def figures(self, toy, monkeypatch):
+    def figures(self, here, monkeypatch):
         """What bench.py finds with flags, each time as if it were a second."""
         monkeypatch.setattr(bench, "seconds", lambda work: work() is None or 1)
+        monkeypatch.setattr(bench, "SIDE", 64, raising=False)  # of a matrix product
         monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
 
         def found(*flags):
@@ -958,7 +1144,7 @@ class TestPictures:
     @pytest.mark.parametrize("target, more", [
         ("pixel", set()), ("l2", set()),  # they have no prototypes to show
         ("mlp", {"prototypes.png", "clusters.png", "clusters.mp4"})])
-    def test_pictures_and_a_video_that_plays_are_written(self, target, more, toy):
+    def test_pictures_and_a_video_that_plays_are_written(self, target, more, here):
         assert run(train, "--target", target, "--max-steps", 1, "--out", "new") == 0
         assert run(pictures, "new", "--split", "val", "--out", "shown") == 0
         assert set(os.listdir("shown")) == {"masks.png", "components.png"} | more
@@ -1004,20 +1190,27 @@ def write_pan(path, right=3, still=0, codec="libx264", options=videos.H264):
 
 
 class TestMotion:
-    @pytest.mark.parametrize("right", [0, 1])
-    def test_visible_places_pan_with_the_picture(self, right):
-        """By one tube a slice; others replace those that leave. Without motion: the tube mask."""
-        grid = t, h, w = 6, 8, 10
-        pan = torch.tensor([0.0, right]).expand(t, h, w, 2)
-        mask, again = (motion.motion_mask(pan, grid, 0.7, data.seeded(0)) for _ in range(2))
-        assert torch.equal(mask, again)
-        assert torch.equal(mask, tube_mask(1, grid, 0.7, data.seeded(0))[0]) == (right == 0)
-        visible = ~mask.view(grid)
-        for before, now in zip(visible[:-1, :, :w - right], visible[1:, :, right:]):
+    GRID = 6, 8, 10
+
+    def test_without_motion_a_mask_is_the_tube_mask(self):
+        found = motion.motion_mask(torch.zeros(*self.GRID, 2), self.GRID, 0.7, data.seeded(0))
+        assert torch.equal(found, tube_mask(1, self.GRID, 0.7, data.seeded(0))[0])
+
+    def test_visible_places_pan_with_the_picture(self):
+        """By one tube a slice; others replace those that leave."""
+        pan = torch.tensor([0.0, 1]).expand(*self.GRID, 2)
+        mask, again = (motion.motion_mask(pan, self.GRID, 0.7, data.seeded(0)) for _ in range(2))
+        visible = ~mask.view(self.GRID)
+        for before, now in zip(visible[:-1, :, :-1], visible[1:, :, 1:]):
             assert (now >= before).all() or (before >= now).all()  # followed onwards or backwards
-        busy = motion.motion_mask(2 * torch.randn(t, h, w, 2), grid, 0.7)  # places leave, or meet
-        for found in (mask, busy):
-            assert (found.view(t, h * w).sum(dim=1) == int(0.7 * 80)).all()
+        assert torch.equal(mask, again)
+
+    @pytest.mark.parametrize("speed", [0, 0.3, 2])
+    def test_each_slice_hides_the_same_number_whatever_moves(self, speed):
+        """Places leave, or meet."""
+        flow = speed * torch.randn(*self.GRID, 2, generator=data.seeded(0))
+        found = motion.motion_mask(flow, self.GRID, 0.7, data.seeded(1))
+        assert (found.view(6, 80).sum(dim=1) == int(0.7 * 80)).all()
 
     @pytest.mark.parametrize("name, codec, options", [
         ("prepared.mp4", "libx264", videos.H264), ("b.avi", "libx264", videos.H264),
@@ -1076,14 +1269,16 @@ class TestMotion:
         assert all(torch.equal(mask, alone[1]) for _, mask in (shared, again, third))
         assert not torch.equal(alone[1], still[1])
 
-    def test_training_with_motion_masks_resumes_exactly(self, toy, capsys):
+    def test_training_with_motion_masks_resumes_exactly(self, here, capsys):
         flags = ["--epochs", "2", "--batch-size", "16", "--accum", "1", "--out"]
         assert run(motion, "train", *flags, "whole") == 0
         assert run(motion, "train", *flags, "parts", "--max-steps", 3) == 0
         assert run(train, *flags, "parts") == 2  # would resume with other masks
         assert run(motion, "train", *flags, "parts") == 0
-        assert same(saved("whole/last.pt")["model"], saved("parts/last.pt")["model"])
+        assert same(saved("whole")["model"], saved("parts")["model"])
         assert "follow motion" in capsys.readouterr().out
+
+    def test_a_picture_of_masks_is_drawn(self, here):
         assert run(motion, "--out", "motion.png") == 0 and Path("motion.png").exists()
 
     def test_a_set_without_vectors_gets_tube_masks(self):
@@ -1155,8 +1350,58 @@ class TestSegment:
         greedy = torch.tensor([[0.9, 0.8], [0.8, 0.0]])  # the best pair alone is not the best sum
         assert clusters.match(greedy) == [1, 0]
 
-    def test_videos_of_any_length_and_missing_segments(self, toy):
-        """One object leaves; frames without annotation; two processes give what one gives."""
+    def write_davis(self, rows=SQUARES, length=4):
+        """A video of grey images, all with the segments of rows; returns flags."""
+        for i in range(length):
+            for folder in ("JPEGImages/v", "Annotations/v"):
+                Path(folder).mkdir(parents=True, exist_ok=True)
+            save_image(rows.float().expand(3, -1, -1) / 20, f"JPEGImages/v/{i}.jpg")
+            write_png(f"Annotations/v/{i}.png", rows, "pal8")
+        return ["--root", ".", "--frames", 4, "--size", 32, "--out", "out"]
+
+    def damaged(self, name, value, first=0):
+        """A checkpoint with `value` added to the weights so named, from the block `first` on."""
+        content = saved("run/last.pt")
+        for n, weight in content["model"].items():
+            if re.search(name, n) and int((re.search(r"blocks\.(\d+)", n) or [0, 9])[1]) >= first:
+                weight += value
+        torch.save(content, "damaged.pt")
+        return ["--init", "damaged.pt"]
+
+    def test_the_tokens_of_a_layer_come_from_the_blocks_up_to_it_alone(self, here):
+        """Neither later blocks, damaged here, nor the last norm have a part in them."""
+        flags = self.write_davis() + self.damaged(r"encoder\.(blocks|norm)", torch.nan, first=2)
+        assert [run(segment, *flags, "--layer", n) for n in (2, 3)] == [0, 1]
+
+    def test_layers_that_the_encoder_lacks_are_refused(self, here, capsys):
+        flags = self.write_davis() + ["--init", "run", "--layer", 5]
+        assert run(segment, *flags) == 2 and "--layer" in capsys.readouterr().err
+
+    def test_what_overflows_in_fp16_is_computed_in_float32(self, here, capsys):
+        flags = self.write_davis() + self.damaged(r"patch_embed\.proj\.bias", 1e6)
+        scores = []
+        for amp in ("off", "fp16"):
+            assert run(segment, *flags, "--amp", amp) == 0
+            scores.append(read_json("out")["videos"])
+        assert scores[0] == scores[1] and "float32" in capsys.readouterr().out
+
+    def test_tokens_that_are_not_finite_end_it(self, here, capsys):
+        flags = self.write_davis() + self.damaged(r"patch_embed\.proj\.bias", torch.nan)
+        assert run(segment, *flags) == 1 and "not finite" in capsys.readouterr().err
+
+    def test_an_unreadable_image_ends_it_by_name(self, here, capsys):
+        flags = self.write_davis()
+        put({"JPEGImages/v/2.jpg": "no image"})
+        assert run(segment, *flags, "--init", "run") == 2
+        assert "v/2.jpg" in capsys.readouterr().err
+
+    def test_more_segments_than_letters_are_told_apart(self, here):
+        flags = self.write_davis(torch.arange(30)[:, None].repeat_interleave(3, 0).expand(90, 48))
+        assert run(segment, *flags, "--init", "run", "--size", 96) == 0
+        assert 0 < read_json("out")["clustering"][0] < 1
+
+    def write_two_videos(self):
+        """Of 3 and of 9 frames, some without annotation; in the second one object leaves."""
         for video, length in (("a", 3), ("b", 9)):
             frames, masks = Path("JPEGImages/480p", video), Path("Annotations/480p", video)
             frames.mkdir(parents=True)
@@ -1166,17 +1411,33 @@ class TestSegment:
                 save_image(0.2 + 0.3 * rows.float().expand(3, -1, -1), frames / f"{i:05}.jpg")
                 if i % 4 != 3:
                     write_png(masks / f"{i:05}.png", rows, "pal8")
-        flags = ["--root", ".", "--model", "tiny", "--frames", 4, "--size", 32, "--out"]
-        assert run(segment, *flags, "one", "--pictures") == 0
-        one = read_json("one")
-        assert set(one["videos"]) == {"a", "b"} and 0 < one["clustering"][0] <= 1
-        assert decode("one/b.mp4", lambda n: [[0]])[0].shape[-2:] == (32, 128)
-        assert two_processes(segment, *flags, "two").count("mIoU") == 2
-        assert read_json("two")["videos"] == one["videos"]
-        assert run(segment, "--root", "one") == 2
-        assert run(segment, "--root", ".", "--init", "run", "--out", "trained") == 0
-        trained = read_json("trained")["args"]  # clips like those of the run
-        assert (trained["frames"], trained["size"]) == (8, 32)
+        return ["--root", ".", "--model", "tiny", "--frames", 4, "--size", 32, "--out"]
+
+    def test_videos_of_any_length_and_missing_segments(self):
+        assert run(segment, *self.write_two_videos(), "out") == 0
+        found = read_json("out")
+        assert set(found["videos"]) == {"a", "b"} and 0 < found["clustering"][0] <= 1
+
+    def test_two_processes_find_the_segments_that_one_finds(self):
+        flags = self.write_two_videos()
+        assert run(segment, *flags, "one") == 0
+        assert in_two_processes(segment.main, *flags, "two").count("mIoU") == 2
+        assert read_json("two")["videos"] == read_json("one")["videos"]
+
+    def test_segments_are_shown_as_pictures_and_videos(self):
+        assert run(segment, *self.write_two_videos(), "out", "--pictures") == 0
+        assert Path("out/a.png").exists()
+        assert decode("out/b.mp4", lambda n: [[0]])[0].shape[-2:] == (32, 128)
+
+    def test_clips_to_segment_are_like_those_of_the_run(self, here):
+        self.write_two_videos()
+        assert run(segment, "--root", ".", "--init", "run", "--out", "out") == 0
+        found = read_json("out")["args"]
+        assert (found["frames"], found["size"]) == (8, 32)
+
+    def test_a_folder_without_annotations_is_refused(self):
+        put({"JPEGImages/v/1.jpg": ""})
+        assert run(segment, "--root", ".") == 2
 
     def test_many_grey_segments_are_not_taken_for_soft_edges(self):
         """20 numbers and void are segments; a grey edge of an object of 255 is none."""
@@ -1194,6 +1455,26 @@ class TestSegment:
             assert clusters.match(scores) == best.tolist()
 
 
+def test_what_scripts_write_has_the_mode_that_the_umask_asks_for(here):
+    put({"v.mp4": 90}, "set")
+    hf = "safetensors" if importlib.util.find_spec("safetensors") else "bin"
+    umask = os.umask(0o027)
+    try:
+        assert [run(script, *words) for script, *words in (
+            (features, "--init", "run", "--data", "set", "--out", "out"),
+            (windows, "--init", "run", "--data", "set", "--window", 8, "--out", "out"),
+            (weights, "import", "run", "out/ours.pt"), (curves, "run", "--out", "out/curves.svg"),
+            (weights, "export", "run", "--to", "hf", "out/hf"),
+            (videos, "check", "set", "--out", "out/check", "--workers", 0),
+            (videos, "prepare", "set", "out/prepared", "--workers", 0))] == [0] * 7
+    finally:
+        os.umask(umask)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in Path("out").rglob("*.*")}
+    assert modes.keys() >= {"features.pt", "v.npy", "windows.json", "ours.pt", "curves.svg",
+                            "train.csv", "v.mp4"} and any(hf in name for name in modes)
+    assert set(modes.values()) == {0o640}, modes
+
+
 class TestPages:
     """The pages beside the scripts say what runs."""
 
@@ -1208,7 +1489,7 @@ class TestPages:
             said = re.findall(r"^(?:print\(.*\)  )?# (.*)$", snippet, re.M)
             assert said == capsys.readouterr().out.splitlines(), snippet
 
-    def test_ideas_run_and_resume_under_their_own_name_only(self, toy):
+    def test_ideas_run_and_resume_under_their_own_name_only(self, here):
         ideas = dict.fromkeys(("BlockMask", "Centred", "MovingAverage"))
         space = {}
         exec(self.snippets("ideas.md")[0], space)
@@ -1217,11 +1498,19 @@ class TestPages:
             assert (out / "last.pt").exists()
             assert run(train, "--max-steps", 2, "--out", out) == 2  # without the class
         train.main(["--max-steps", "2"], model_class=space["MovingAverage"])
-        model = torch.load("out/toy-tiny-mlp-MovingAverage/last.pt")["model"]
-        name = "blocks.0.attn.qkv.weight"
-        assert not torch.equal(model[f"average.{name}"], model[f"encoder.{name}"])
 
-    def test_an_idea_of_a_mask_and_of_an_assignment_do_what_they_say(self, toy):
+    def test_an_idea_of_a_moving_average_follows_the_encoder_slowly(self, here):
+        space = {}
+        exec(self.snippets("ideas.md")[0], space)
+        model = space["MovingAverage"](**sigma.sizes_for("tiny"))
+        before = {name: w.clone() for name, w in model.average.state_dict().items()}
+        for weight in model.encoder.parameters():
+            weight.data += 1
+        model(torch.randn(2, 3, 8, 32, 32), tube_mask(2, (2, 4, 4), 0.75))
+        for name, weight in model.average.state_dict().items():
+            assert torch.allclose(weight, before[name] + 0.004, atol=1e-5)
+
+    def test_an_idea_of_a_mask_and_of_an_assignment_do_what_they_say(self, here):
         space = {}
         exec(self.snippets("ideas.md")[0], space)
         clips = space["BlockMask"]([], frames=8, stride=1, size=32, tube=(4, 8, 8), repeat=3)
@@ -1230,7 +1519,7 @@ class TestPages:
         scores = torch.tensor([[0.9, 0.0], [0.9, 0.4], [0.8, 0.0]])
         assert space["Centred"].assign(None, scores).tolist() == [0, 1, 0]
 
-    def test_teachers_and_a_model_of_transformers_run(self, toy, capsys):
+    def test_teachers_and_a_model_of_transformers_run(self, here, capsys):
         pytest.importorskip("transformers")
         space = {}
         for snippet in self.snippets("ideas.md"):
