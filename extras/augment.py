@@ -117,6 +117,18 @@ def test_clips(videos, sampling, clips, crops, **options):
 
 # --- Distorting and mixing ------------------------------------------------------------------------
 
+def readable(batch, repeat, table=None):
+    """Clips (n, 3, T, S, S) of a Batch and their labels, (n,) or rows of the table (n, classes),
+    without those that stand in for videos that can't be read; and whether there are any, or all are
+    returned, with labels that mean nothing. All on the CPU, where no GPU has to be waited for."""
+    video, labels = batch.video, batch.labels.repeat_interleave(repeat)
+    found = labels >= 0
+    if 0 < found.sum() < len(found):
+        video, labels = video[found], labels[found]
+    labels = labels.clamp(min=0)
+    return video, labels if table is None else table[labels], bool(found.any())
+
+
 def augment(video, labels, classes, flip):
     """Clips (B, 3, T, S, S) uint8, labels on the CPU, (B,) or 0 and 1 (B, classes) -> normalised
     clips, class shares (B, classes). Flip, RandAugment (four operations, each with probability 1/2,

@@ -26,7 +26,7 @@ from torchvision.ops import stochastic_depth
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
 from data import find_videos, normalise
-from extras.augment import augment, label_table, limit, test_clips, training_clips
+from extras.augment import augment, label_table, limit, readable, test_clips, training_clips
 from extras.evaluate import (accuracy, clip_of, collect, held_out, mean_average_precision,
                              share_of, told)
 from extras.run import DEVICE, autocast, launch, log, one_first, saved_run, set_up, write_json
@@ -78,11 +78,7 @@ class Classifier(nn.Module):
 def loss_of(network, batch, args, classes, table):
     """Cross-entropy of a Batch, with --multi-label of each class by itself; table: find_labelled's.
     A clip that stands in for videos that can't be read has no part in it; if all do, it is 0."""
-    video, labels = batch.video, batch.labels.repeat_interleave(args.repeat)
-    readable = labels >= 0
-    if 0 < readable.sum() < len(readable):
-        video, labels = video[readable], labels[readable]
-    labels = labels.clamp(min=0) if table is None else table[labels.clamp(min=0)]
+    video, labels, some = readable(batch, args.repeat, table)
     if args.augment:
         video, labels = augment(video.to(DEVICE), labels, classes,
                                 flip=args.flip and args.sampling == "dense")
@@ -92,7 +88,7 @@ def loss_of(network, batch, args, classes, table):
         logits = network(video).float()
     loss = nn.BCEWithLogitsLoss() if args.multi_label else nn.CrossEntropyLoss(label_smoothing=0.1)
     # Times 0 there is a graph all the same, or other processes would wait for ever.
-    return loss(logits, labels.to(DEVICE)) * readable.any(), {}
+    return loss(logits, labels.to(DEVICE)) * some, {}
 
 
 def make_parser():

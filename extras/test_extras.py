@@ -1115,11 +1115,17 @@ class TestNoData:
         loss, stats = model(video, torch.zeros(2, 32, dtype=torch.bool, device="cpu"), features)
         assert {x.device.type for x in (loss, *stats.values())} == {"cuda"}
 
-    def test_fine_tuning_stays_on_the_gpu(self, cuda):
+    @pytest.mark.parametrize("several", [False, True])
+    def test_fine_tuning_stays_on_the_gpu(self, several, cuda, monkeypatch):
+        """But for the labels, which tell on the CPU which clips could be read."""
+        args = argparse.Namespace(augment=False, amp="off", multi_label=several, repeat=1)
         with cuda:
             network = Classifier(build_model("tiny").encoder, 5, drop_path=0.1)
-            video, labels = torch.zeros(2, 3, 8, 32, 32), torch.zeros(2, dtype=torch.long)
-        loss = nn.CrossEntropyLoss(label_smoothing=0.1)(network(video).float(), labels)
+        video = torch.zeros(2, 3, 8, 32, 32, dtype=torch.uint8)
+        labels = torch.zeros(2, 5) if several else torch.zeros(2, dtype=torch.long)
+        monkeypatch.setattr(finetune, "readable", lambda *_: (video, labels, True))
+        monkeypatch.setattr(finetune, "DEVICE", cuda)
+        loss, _ = finetune.loss_of(network, None, args, 5, None)
         assert loss.device.type == "cuda"
 
 
