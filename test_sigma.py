@@ -279,6 +279,13 @@ class TestMethod:
                               atol=1e-3)
         assert sinkhorn(alike, eps, iters, hard=True)[-1] == 1
 
+    def test_the_loss_is_two_cross_entropies_at_temperature_a_tenth(self):
+        one, two = SCORES[:9], SCORES[9:18]
+        loss, terms = sigma.symmetric_loss(one, two, one.argmax(dim=1), two.argmax(dim=1))
+        wanted = [F.cross_entropy(two / 0.1, one.argmax(dim=1)),
+                  F.cross_entropy(one / 0.1, two.argmax(dim=1))]
+        assert [terms["projection_term"], terms["video_term"]] == wanted and loss == sum(wanted)
+
     @pytest.mark.parametrize("assignment", [
         torch.tensor([0, 0, 2, 2]), torch.tensor([[0.6, 0.4, 0]] * 2 + [[0.1, 0.2, 0.7]] * 2)])
     def test_usage_tells_how_many_prototypes_are_used_and_how_evenly(self, assignment):
@@ -908,7 +915,7 @@ TROUBLES = {
     **{name: lambda name=name: to_all(signal.Signals[name]) for name in STOP_SIGNALS},
     "later": lambda: to_all(SIGTERM, running.GRACE + 0.5) or time.sleep(999),
     "rival": lambda: print(subprocess.run([sys.executable, train.__file__, "--epochs", "999",
-                                           "--out", "shared"]))}
+                                           "--out", "shared", "--max-steps", "2"]))}
 
 
 def to_all(number, gap=0):
