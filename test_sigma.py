@@ -621,6 +621,18 @@ class TestData:
         assert numbers_in("v.avi", range(60), [15]) == [wanted, [14]]
         assert [number for number, *_ in reader.all_frames("v.avi")] == list(range(60))
 
+    def test_stamps_in_the_order_of_decoding_are_not_trusted(self):
+        """As in an mp4 copied from an avi with B-frames, where FFmpeg has guessed them."""
+        write_numbered("v.mp4", bf="2", g="12")
+        with av.open("v.mp4") as film, av.open("copy.mp4", "w") as copy:
+            stream = copy.add_stream_from_template(film.streams.video[0])
+            packets = list(film.demux(video=0))[:-1]
+            for packet, time in zip(packets, sorted(packet.pts for packet in packets)):
+                packet.pts = packet.dts = time
+                packet.stream = stream
+                copy.mux(packet)
+        assert numbers_in("copy.mp4", range(60), [37]) == [[*range(60)], [37]]
+
     def test_packed_frames_are_told_apart_also_in_a_copy(self):
         """MPEG-4 in avi may have a B-frame in the packet of the frame before, and a tiny packet in
         its place; ffmpeg -c copy takes over the wrong stamps."""
