@@ -284,6 +284,13 @@ class TestMethod:
                               atol=1e-3)
         assert sinkhorn(alike, eps, iters, hard=True)[-1] == 1
 
+    def test_the_loss_is_two_cross_entropies_at_temperature_a_tenth(self):
+        one, two = SCORES[:9], SCORES[9:18]
+        loss, terms = sigma.symmetric_loss(one, two, one.argmax(dim=1), two.argmax(dim=1))
+        wanted = [F.cross_entropy(two / 0.1, one.argmax(dim=1)),
+                  F.cross_entropy(one / 0.1, two.argmax(dim=1))]
+        assert [terms["projection_term"], terms["video_term"]] == wanted and loss == sum(wanted)
+
     @pytest.mark.parametrize("assignment", [
         torch.tensor([0, 0, 2, 2]), torch.tensor([[0.6, 0.4, 0]] * 2 + [[0.1, 0.2, 0.7]] * 2)])
     def test_usage_tells_how_many_prototypes_are_used_and_how_evenly(self, assignment):
@@ -619,6 +626,18 @@ class TestData:
         assert numbers_in("v.avi", range(60), [15]) == [wanted, [14]]
         assert [number for number, *_ in reader.all_frames("v.avi")] == list(range(60))
 
+    def test_stamps_in_the_order_of_decoding_are_not_trusted(self):
+        """As in an mp4 copied from an avi with B-frames, where FFmpeg has guessed them."""
+        write_numbered("v.mp4", bf="2", g="12")
+        with av.open("v.mp4") as film, av.open("copy.mp4", "w") as copy:
+            stream = copy.add_stream_from_template(film.streams.video[0])
+            packets = list(film.demux(video=0))[:-1]
+            for packet, time in zip(packets, sorted(packet.pts for packet in packets)):
+                packet.pts = packet.dts = time
+                packet.stream = stream
+                copy.mux(packet)
+        assert numbers_in("copy.mp4", range(60), [37]) == [[*range(60)], [37]]
+
     def test_packed_frames_are_told_apart_also_in_a_copy(self):
         """MPEG-4 in avi may have a B-frame in the packet of the frame before, and a tiny packet in
         its place; ffmpeg -c copy takes over the wrong stamps."""
@@ -913,7 +932,7 @@ TROUBLES = {
     **{name: lambda name=name: to_all(signal.Signals[name]) for name in STOP_SIGNALS},
     "later": lambda: to_all(SIGTERM, running.GRACE + 0.5) or time.sleep(999),
     "rival": lambda: print(subprocess.run([sys.executable, train.__file__, "--epochs", "999",
-                                           "--out", "shared"]))}
+                                           "--out", "shared", "--max-steps", "2"]))}
 
 
 def to_all(number, gap=0):
