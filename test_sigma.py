@@ -999,7 +999,9 @@ def apart(work, *arguments):
     parts = []
     while pipe.poll(30) and (part := os.read(pipe.fileno(), 2 ** 16)):
         parts.append(part)
-    process.join(1)
+    process.join(30)
+    if process.exitcode is None:  # it hangs
+        os.killpg(process.pid, SIGKILL)
     return process.exitcode, b"".join(parts).decode()
 
 
