@@ -127,13 +127,13 @@ def walk_folder(folder, classes, skipped):
     if any(any(folder.glob(pattern)) for pattern in TABLES):
         raise UserError(f"{folder} has a table of its set: {MAKE_LISTS}")
     files = sorted(files_below(folder, skipped))
-    images, videos = ([path for path in files if path.suffix.lower() in kind and path.is_file()]
-                      for kind in (IMAGES, SUFFIXES))
-    kind, other = ("images", SUFFIXES) if len(images) > len(videos) else ("videos", IMAGES)
-    videos = images if kind == "images" else videos
-    videos = [path for path in videos if path.parent != folder] or videos
-    skipped += [f"{path}: " + (f"most files here are {kind}" if path.suffix.lower() in other else
-                               "not a video, by its name or place")
+    kinds = {kind: [path for path in files if path.suffix.lower() in suffixes and path.is_file()]
+             for kind, suffixes in (("videos", SUFFIXES), ("images", IMAGES))}
+    kind = max(kinds, key=lambda kind: len(kinds[kind]))  # videos, if there are as many
+    videos = [path for path in kinds[kind] if path.parent != folder] or kinds[kind]
+    own = SUFFIXES if kind == "videos" else IMAGES
+    skipped += [f"{path}: " + (f"most files here are {kind}" if path.suffix.lower() not in own else
+                               "it is in no class folder, or no file")
                 for path in sorted(set(files) - set(videos))]
     if not videos or videos[0].parent == folder:
         return [(str(path), -1) for path in videos], []

@@ -229,6 +229,9 @@ class Teacher(nn.Module):
         registers = weights.pop("register_tokens", token[:, :0])  # they have no position
         self.antialias = registers.shape[1] > 0
         first, position = position[:, :token.shape[1]], position[:, token.shape[1]:]
+        side = math.isqrt(position.shape[1])
+        if side ** 2 != position.shape[1] or weights["patch_embed.proj.weight"].ndim != 4:
+            raise UserError("the teacher is no ViT for images: its patches or positions differ")
         for name in [name for name in weights if name.endswith("qkv.bias")]:
             query, _, value = weights.pop(name).chunk(3)  # a bias of keys cancels in the softmax
             weights |= {name.replace("qkv.bias", "q_bias"): query,
@@ -239,9 +242,8 @@ class Teacher(nn.Module):
             raise UserError(f"the teacher is {self.dim} wide, which heads of 64 do not divide")
         vit = Encoder(dim=self.dim, depth=depth_of(weights, "blocks"),
                       heads=16 if self.dim == 1280 else self.dim // 64, tube=patch)
-        self.vit = fill(vit, weights, "the teacher (after dino_weights?)").requires_grad_(False)
+        self.vit = fill(vit, weights, "the teacher's file").requires_grad_(False)
         self.register_buffer("tokens", torch.cat([token + first, registers], dim=1))  # 1 R E
-        side = math.isqrt(position.shape[1])
         self.register_buffer("position", rearrange(position, "1 (h w) e -> 1 e h w", h=side))
 
     @torch.no_grad()  # frozen
@@ -324,9 +326,8 @@ def sinkhorn(scores, eps=0.05, iters=10, group=None, hard=False):
         top = A.amax(dim=1, keepdim=True)  # N 1
         u, A = (top / eps).exp().squeeze(1), A.sub_(top).div_(eps).exp_()  # N; N K
         for _ in range(iters):
-            # All prototypes get the same total over all ranks. The next u undoes any factor of v,
-            # so v need not make it 1 / K: its largest entry is 2^60, and none underflows to 0, from
-            # which it could not come back.
+            # All prototypes get the same total over all ranks, which need not be 1 / K: the next u
+            # undoes any factor of v. v's largest entry is 2^60, and none underflows to 0 for good.
             totals = over_ranks(A.T @ u)  # K; u @ A would be rounded to TF32 on GPUs
             v = (2.0 ** 60 * totals.amin() / totals).clamp_(min=2.0 ** -100)  # K
             u = (A @ v).reciprocal_()  # N: each tube's row sums to 1
@@ -340,8 +341,7 @@ def symmetric_loss(video_scores, projection_scores, video_assignment, projection
     """Each branch predicts the other's prototype (paper, method section): two cross-entropies.
 
     Scores (N, K) are cosines, assignments the index of each tube's prototype (N,), or its shares of
-    all (N, K). Returns the loss and its terms, detached means over tubes, each about ln K at the
-    start of training.
+    all (N, K). Returns the loss and its two terms, detached, means over tubes, at first about ln K.
     """
     projection_term = F.cross_entropy(projection_scores / temperature, video_assignment)
     video_term = F.cross_entropy(video_scores / temperature, projection_assignment)
@@ -352,8 +352,8 @@ def symmetric_loss(video_scores, projection_scores, video_assignment, projection
 # --- What to watch, and all six together ----------------------------------------------------------
 
 def usage(assignment, k):
-    """How many of k prototypes an assignment (N,) or (N, k) uses (of shares, the largest), and the
-    entropy of their use (<= ln k)."""
+    """Number of the k prototypes in use, and the entropy of their use in nats (at most ln k), of an
+    assignment: indices (N,), or shares (N, k), whose largest counts."""
     assignment = assignment.argmax(dim=1) if assignment.ndim == 2 else assignment
     one = torch.full_like(assignment, 1 / len(assignment), dtype=torch.float32)
     share = one.new_zeros(k).index_add_(0, assignment, one)
@@ -517,8 +517,8 @@ def read_file(path):
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from error
     except Exception as error:  # whatever a damaged or foreign file brings about
-        # GLOBAL: code that it asks for; else the first line
-        reason = (re.search(r"GLOBAL \S+", str(error)) or re.match(r".{,200}", str(error)))[0]
+        # GLOBAL: code that it asks for; else what torch says first, without its advice
+        reason = (re.search(r"GLOBAL \S+", str(error)) or re.match(r"[^.\n]*", str(error)))[0]
         raise UserError(f"{path} holds no plain weights ({reason})") from error
 
 
@@ -533,8 +533,8 @@ def read_checkpoint(path):
     except UserError as error:
         others = ", ".join(str(p) for p in sorted(path.parent.glob("*.pt")) if p != path)
         beside = f"; beside it there is {others}" if others else ""
-        raise UserError(f"{error}{beside}. Other people's checkpoints become ours by `python "
-                        "extras/weights.py import`") from error
+        how = ". Other people's become ours by `python extras/weights.py import`" * path.exists()
+        raise UserError(f"{error}{beside}{how}") from error
     return content
 
 

@@ -366,7 +366,7 @@ class TestMethod:
 
     @pytest.mark.parametrize("side, h, w", [(2, 2, 2), (3, 5, 4)])
     def test_the_teacher_gives_dino_s_patch_tokens(self, side, h, w):
-        """Of each tubelet's first frame; positions interpolated; float32 under autocast; frozen.
+        """Of each slice's first frame; positions interpolated; float32 under autocast; frozen.
         Our attention has biases on queries and values: DINO's on keys changes nothing."""
         (vit, weights), video = dino(side), torch.randn(2, 3, 4, 16 * h, 16 * w)
         token, place = vit.encoder.pos_embedding.split([1, side * side], dim=1)
@@ -457,6 +457,15 @@ class TestMethod:
     def test_a_teacher_in_other_names_or_widths_is_refused(self, weights, word):
         with pytest.raises(UserError, match=word):
             teacher(weights)
+
+    @pytest.mark.parametrize("name, change", [
+        ("pos_embed", lambda w: w[:, 2:]), ("pos_embed", lambda w: torch.cat([w[:, :4], w], dim=1)),
+        ("patch_embed.proj.weight", lambda w: w[:, :, None])])
+    def test_a_teacher_of_other_than_square_images_is_refused(self, name, change):
+        """Fewer or more positions than a square and the class token have; patches of a video."""
+        weights = dinov2_by_formula()
+        with pytest.raises(UserError, match="images"):
+            teacher(weights | {name: change(weights[name])})
 
     @pytest.mark.parametrize("content, word", [
         ({"net": {}}, "net"), ({"a": torch.tensor([math.nan])}, "not finite: a")])
@@ -1392,6 +1401,21 @@ class TestTraining:
         assert run(train, *flags, 2, "--teacher", "renamed.pth") == 0
         assert run(train, *flags, 3, "--teacher", "two.pth") == 2
         assert "teacher" in capsys.readouterr().err and saved("taught")["clips_seen"] == 2 * 64
+
+    def test_files_that_only_lie_beside_videos_are_not_missing(self):
+        Path("set/a").mkdir(parents=True)
+        for name in ("a/1.mp4", "a/notes.txt", "a/thumb.jpg", "2.mp4"):
+            Path("set", name).touch()
+        videos, _, skipped = data.find_videos("set")
+        found = evaluate.missing(skipped)
+        assert (len(videos), len(skipped), found["missing"]) == (1, 3, 1)
+        assert found["first_missing"].startswith("set/2.mp4: ")
+
+    def test_a_set_too_large_to_probe_is_thinned_and_the_accuracy_says_so(self, monkeypatch):
+        monkeypatch.setattr(evaluate, "EVAL_CLIPS", 2)
+        videos, options = [(f"{i}.mp4", 0) for i in range(5)], dict(frames=4, stride=1, size=32)
+        sets, share = evaluate.probe_sets(videos, videos[:3], [], **options)
+        assert [len(clips) for clips in sets] == [2, 2] and "every 2. of 3" in share
 
     def test_test_videos_that_are_missing_are_counted_and_named(self, here):
         """In the log, in results.json, and all of them in skipped.txt."""

@@ -4,9 +4,9 @@
     torchrun --nproc_per_node=8 train.py --data k400 --root DIR        the paper's recipe
     python train.py --data videos/ --model small --epochs 100          your own videos
 
-A run writes last.pt, log.jsonl and results.json to its folder, --out. SIGTERM, SIGHUP, SIGUSR1 and
-Ctrl-C save and stop it, a second signal after 3 s ends it at once; run the same command again to
-resume. The loop is `fit`; what keeps a run alive is in extras/run.py, probe and k-NN are in
+A run writes last.pt, log.jsonl, results.json and skipped.txt to its folder, --out. SIGTERM, SIGHUP,
+SIGUSR1 and Ctrl-C save and stop it, a second signal after 3 s ends it at once; run the same command
+again to resume. The loop is `fit`; what keeps a run alive is in extras/run.py, probe and k-NN in
 extras/evaluate.py.
 """
 import argparse
@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data import Clips, centre_crop, corner_crop, find_videos, normalise, seeded
 from extras.evaluate import (NO_PROBE, PROTOCOL, evaluate, fingerprint, held_out, make_teacher,
-                             probe_sets, share_of, told, write_skipped)
+                             probe_sets, start_folder, told)
 from extras.run import (AMP, DEVICE, RANK, WORLD, Run, autocast, launch, log, one_first, saved_run,
                         set_up, write_json)
 from extras.toy import make_toy
@@ -267,15 +267,15 @@ def prepare_clips(args, clips_class):
                    seed=args.seed, cache={} if toy else None)
     clips = clips_class(videos, **options, ratio=args.ratio, repeat=args.repeat,
                         crop=centre_crop if toy else corner_crop)
-    sets = probe_sets(videos, tests, **options)
+    sets, share = probe_sets(videos, tests, lacking, **options)
     if args.eval_every and not sets:
         raise UserError(f"--eval-every: {NO_PROBE}")
-    write_skipped(args.out, [*skipped, *lacking])
+    start_folder(args.out, [*skipped, *lacking])
     twice = len(videos) - len({path for path, _ in videos})
     log(f"data      {len(videos):,} videos{f', {twice:,} of them named before' if twice else ''}"
         f"{told(skipped)}\ntests     {len(tests):,} videos{told(lacking)}\n"
         f"          what was skipped is in {args.out}/skipped.txt")
-    return clips, sets, len(tests) + len(lacking)
+    return clips, sets, share
 
 
 def main(argv=None, clips_class=Clips, model_class=SIGMA, teacher_of=None):
@@ -290,7 +290,7 @@ def main(argv=None, clips_class=Clips, model_class=SIGMA, teacher_of=None):
         return log(f"{finished.read_text(encoding='utf-8')}{out} is complete; to start anew choose "
                    "another --out, or remove it")
     model, teacher, facts = prepare_model(args, saved, model_class, teacher_of)
-    clips, sets, named = prepare_clips(args, clips_class)
+    clips, sets, share = prepare_clips(args, clips_class)
     if args.target not in BASELINES:
         tubes = tube_mask(1, clips.grid, args.ratio).sum() * WORLD * split_batch(
             args, WORLD, len(clips))[0]
@@ -298,7 +298,7 @@ def main(argv=None, clips_class=Clips, model_class=SIGMA, teacher_of=None):
             "prototypes; if fewer than three for each, raise --batch-size (not --accum)")
 
     def probe(title, encoder=model.encoder):
-        return evaluate(encoder, sets, args.amp, args.workers, title, named)
+        return evaluate(encoder, sets, args.amp, args.workers, title, share)
 
     def loss_of(network, samples):
         video = normalise(samples.video, DEVICE)
@@ -309,8 +309,8 @@ def main(argv=None, clips_class=Clips, model_class=SIGMA, teacher_of=None):
     if not fit(args, model, make_optimizer(model), clips, loss_of, facts=facts, saved=saved,
                probe=probe if sets else None):
         return
-    results = dict(checkpoint=f"{out}/last.pt", protocol=PROTOCOL if sets else NO_PROBE,
-                   tests=share_of(len(sets[1]), named) if sets else "none")
+    results = {"checkpoint": f"{out}/last.pt", "tests": share,
+               "protocol": PROTOCOL if sets else NO_PROBE}
     if args.data == "toy":
         torch.manual_seed(args.seed)
         results["untrained"] = probe("untrained", model_class(**facts["sizes"]).encoder.to(DEVICE))

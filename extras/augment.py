@@ -11,7 +11,7 @@ What VideoMAE (Tong et al., NeurIPS 2022), and SIGMA after it, trains and tests 
 
 The functions of frames take the number of frames of a video, those of a clip, the stride between
 them, and a generator; they return indices. Only extras/finetune.py uses this file. To copy it: it
-needs `Clips` and its crops of data.py, and ImageNet's mean and standard deviation.
+needs `Clips`, `centre_crop` and `seeded` of data.py, and ImageNet's mean and deviation.
 """
 import math
 from functools import partial
@@ -81,8 +81,9 @@ def view_frames(n, frames, stride, views, sampling):
 # --- Crops ----------------------------------------------------------------------------------------
 
 def random_crop(height, width, generator):
-    """A random box (top, left, height, width) of 8 to 100% of the area, sides 3:4 to 4:3."""
-    torch.manual_seed(int(torch.randint(2 ** 62, (1,), generator=generator)))  # torchvision's
+    """A random box (top, left, height, width) of 8 to 100% of the area, sides 3:4 to 4:3. Seeds
+    torch's global generator, from which torchvision draws it."""
+    torch.manual_seed(int(torch.randint(2 ** 62, (1,), generator=generator)))
     return RandomResizedCrop.get_params(torch.empty(1, height, width), (0.08, 1), (3 / 4, 4 / 3))
 
 
@@ -118,9 +119,9 @@ def test_clips(videos, sampling, clips, crops, **options):
 # --- Distorting and mixing ------------------------------------------------------------------------
 
 def readable(batch, repeat, table=None):
-    """Clips (n, 3, T, S, S) of a Batch and their labels, (n,) or rows of the table (n, classes),
-    without those that stand in for videos that can't be read; and whether there are any, or all are
-    returned, with labels that mean nothing. All on the CPU, where no GPU has to be waited for."""
+    """Drops clips that stand in for unreadable videos. Returns clips (n, 3, T, S, S), their labels,
+    (n,) or rows of the table (n, classes), and whether any clip is real: if none is, all come back
+    with meaningless labels, for a loss times 0. On the CPU: no GPU has to be waited for."""
     video, labels = batch.video, batch.labels.repeat_interleave(repeat)
     found = labels >= 0
     if 0 < found.sum() < len(found):
@@ -131,9 +132,10 @@ def readable(batch, repeat, table=None):
 
 def augment(video, labels, classes, flip):
     """Clips (B, 3, T, S, S) uint8, labels on the CPU, (B,) or 0 and 1 (B, classes) -> normalised
-    clips, class shares (B, classes). Flip, RandAugment (four operations, each with probability 1/2,
-    strength 7 +- 0.5 of 10) and the erased box are shared by all frames of a clip, the noise in
-    the box is each frame's own; mixup or cutmix joins pairs of clips."""
+    clips, class shares (B, classes). Flip, RandAugment and the erased box are shared by all frames
+    of a clip, the noise in the box is each frame's own; mixup or cutmix joins pairs of clips.
+    RandAugment: four operations, each with probability 1/2, of strength 6.4, 7 or 7.6 in 10 (64 to
+    76 in 101 bins), for a normal distribution around 7 with a deviation of 0.5."""
     operation = v2.RandomApply([v2.RandomChoice([
         v2.RandAugment(1, strength, 101, fill=[124, 116, 104]) for strength in (64, 70, 76)])], 0.5)
     distort = v2.Compose([

@@ -48,7 +48,7 @@ def number_segments(masks, size):
     return torch.searchsorted(numbers, true), len(numbers)
 
 
-def compare(found, true, k, s):
+def overlaps(found, true, k, s):
     """Of maps of one shape, what each of k clusters has of each of s segments: the pixels that they
     share, and intersection over union; two of (k, s)."""
     shared = (found.flatten() * s + true.flatten()).bincount(minlength=k * s).view(k, s).float()
@@ -56,8 +56,9 @@ def compare(found, true, k, s):
 
 
 def match(scores):
-    """The cluster of each segment, one to one, for which the sum of scores (s, s) is largest: the
-    Hungarian algorithm, by shortest augmenting paths (Jonker and Volgenant, 1987)."""
+    """The segment of each cluster, one to one, such that the sum of scores (s clusters, s segments)
+    is largest, a list: the Hungarian algorithm, by shortest augmenting paths (Jonker and Volgenant,
+    1987)."""
     cost, (s, _) = 1 - scores.T.double(), scores.shape  # segments, clusters
     price, owner = torch.zeros(s).double(), [-1] * s  # of each cluster; -1: nobody
     for segment in range(s):
@@ -72,24 +73,23 @@ def match(scores):
             last = int(length.masked_fill(visited, torch.inf).argmin())
             visited[last], so_far, taker = True, length[last], owner[last]
         price[visited] += length[visited] - so_far
-        while last >= 0:  # back along the chain everyone takes the cluster that was found for him
+        while last >= 0:  # back along the chain everyone takes the cluster found for them
             given = int(before[last])
             owner[last], last = owner[given] if given >= 0 else segment, given
-    return torch.tensor(owner).argsort().tolist()
+    return owner
 
 
 def clustering(found, true, s):
     """The map of clusters with the number of each one's segment, matched one to one."""
-    clusters = match(compare(found, true, s, s)[1])
-    return torch.tensor(clusters).argsort()[found]
+    return torch.tensor(match(overlaps(found, true, s, s)[1]))[found]
 
 
 def overclustering(found, true, k, s):
     """The map of clusters with the number of the segment that each overlaps most."""
-    return compare(found, true, k, s)[0].argmax(dim=1)[found]
+    return overlaps(found, true, k, s)[0].argmax(dim=1)[found]
 
 
 def mean_iou(found, true, s):
     """The mean IoU over the s segments, with background and without (nan if there is no other)."""
-    ious = compare(found, true, s, s)[1].diagonal()
+    ious = overlaps(found, true, s, s)[1].diagonal()
     return torch.stack([ious.mean(), ious[1:].mean()])

@@ -1,5 +1,7 @@
-"""Frozen networks: teachers from other people's files; videos to test on, features on all ranks,
-linear probe, k-NN."""
+"""Frozen networks: teachers from other people's files; features of a set on all ranks, linear probe
+and k-NN; and what a run says of its data: videos to test on, what was skipped, of how many videos
+an accuracy is.
+"""
 import hashlib
 import math
 import os
@@ -68,16 +70,17 @@ def dino_weights(weights):
     if "pos_embed" in weights:  # else Teacher says what it misses
         position, named = weights["pos_embed"], {"cls_token", "dist_token"} & weights.keys()
         tokens = torch.cat([position[:, :0], *map(weights.pop, sorted(named))], dim=1)
-        patches = math.isqrt(position.shape[1]) ** 2
-        missing = patches + tokens.shape[1] - position.shape[1]  # timm's tokens may have none
-        weights |= {"cls_token": tokens, "pos_embed": F.pad(position, (0, 0, missing, 0))}
+        if math.isqrt(position.shape[1]) ** 2 == position.shape[1]:  # timm's: of patches alone
+            position = F.pad(position, (0, 0, tokens.shape[1], 0))
+        weights |= {"cls_token": tokens, "pos_embed": position}
     if "reg_token" in weights:
         weights["register_tokens"] = weights.pop("reg_token")
     return weights
 
 
 def make_teacher(args, tube):
-    """The frozen Teacher of a DINO target, from --teacher or downloaded into torch's cache."""
+    """The frozen Teacher of args.target, dino or dino-s, for a video model's tube: from the file
+    args.teacher, or if that is None downloaded into torch's cache. Raises UserError."""
     if args.teacher:
         weights = plain_weights(read_file(args.teacher), args.teacher)
         return Teacher(dino_weights(weights), tube)
@@ -105,37 +108,57 @@ def fingerprint(module):
     return found.hexdigest()[:16]
 
 
-def clip_of(content):
-    """Frames, stride and size of the clips of a checkpoint's run, as far as it tells."""
-    args = content.get("args", {})
-    return {name: args[name] for name in ("frames", "stride", "size") if args.get(name)}
-
-
-# --- Probe and k-NN -------------------------------------------------------------------------------
+# --- Data -----------------------------------------------------------------------------------------
 
 EVAL_CLIPS = 10_000  # of each split, for probe and k-NN
 PROTOCOL = ("top-1, frozen encoder, mean over tokens, one centre clip per video; probe: ridge "
-            "regression on standardised features; k-NN: cosine, k = 20, temperature 0.07")
+            "regression (10) on standardised features; k-NN: cosine, k = 20, temperature 0.07")
+
+NO_PROBE = ("a probe needs labelled videos to train and to test on: train and val (or test) of "
+            "--data, or --val")
 
 
 def told(skipped):
     """How many files or lines were skipped, and the first, for a line of the log."""
     first = f", first {skipped[0]}" if skipped else ""
     return f"; {len(skipped):,} files or lines skipped{first}"
-NO_PROBE = ("a probe needs labelled videos to train and to test on: train and val (or test) of "
-            "--data, or --val")
 
 
-def probe_sets(videos, tests, **options):
+def missing(skipped):
+    """What results hold of videos that were named but are not there: how many, and the first. Files
+    that only lie beside videos, as notes do, were not named as such."""
+    lines = [line for line in skipped if ": most files here are " not in line]
+    return dict(missing=len(lines), first_missing=next(iter(lines), None))
+
+
+def share_of(used, named, every=1):
+    """What stands after an accuracy: of how many videos it is, and how many were named. every: if
+    only every so many-th was used."""
+    part = f"every {every}. of " if every > 1 else ""
+    return f"of {used:,} videos, {part}{max(used, named):,} named"
+
+
+def probe_sets(videos, tests, lacking, **options):
     """Clips to fit probe and k-NN on and to test them on, one from the middle of each video, at
-    most EVAL_CLIPS of a split; None if there is nothing to test on. options: of Clips."""
-    return [Clips(part[::math.ceil(len(part) / EVAL_CLIPS)], **options, ratio=None, tries=1,
-                  choose=centre_frames, crop=centre_crop) for part in (videos, tests)
-            ] if tests else None
+    most EVAL_CLIPS of a split, None if there is nothing to test on; and share_of the tests, of
+    which `lacking` were skipped. options: of Clips."""
+    if not tests:
+        return None, "none"
+    every = [math.ceil(len(part) / EVAL_CLIPS) for part in (videos, tests)]
+    sets = [Clips(part[::step], **options, ratio=None, tries=1, choose=centre_frames,
+                  crop=centre_crop) for part, step in zip((videos, tests), every)]
+    return sets, share_of(len(sets[1]), len(tests) + missing(lacking)["missing"], every[1])
 
 
-def write_skipped(out, skipped):
-    """Writes the lines to skipped.txt in a run's folder, and removes results of an earlier run."""
+def clip_of(content):
+    """Frames, stride and size of the clips of a checkpoint's run, as far as it tells."""
+    args = content.get("args", {})
+    return {name: args[name] for name in ("frames", "stride", "size") if args.get(name)}
+
+
+def start_folder(out, skipped):
+    """Makes a run's folder, without results of an earlier run, and writes what was skipped, and
+    why, to skipped.txt there."""
     if RANK == 0:
         Path(out).mkdir(parents=True, exist_ok=True)
         Path(out, "results.json").unlink(missing_ok=True)
@@ -161,6 +184,8 @@ def held_out(videos, classes, root, val=None, required=False):
     return [video for video in tests if video[1] != -1], lacking
 
 
+# --- Probe and k-NN -------------------------------------------------------------------------------
+
 @torch.no_grad()
 def finite(forward, video, amp, names):
     """forward of clips (B, 3, T, S, S) uint8, in float32. What is not finite in the precision amp
@@ -179,8 +204,7 @@ def finite(forward, video, amp, names):
 
 @torch.no_grad()
 def collect(forward, clips, amp="off", workers=0):
-    """(outputs (n, ...), labels (n, ...)) of all clips in order, on every rank; ranks share the
-    work.
+    """(outputs (n, ...), labels (n,)) of all clips in order, on every rank; ranks share the work.
 
     forward: normalised clips (B, 3, T, S, S) -> (B, ...), averaged over the clips of a video. A
     video that can't be read is named, and its label is -1, which no prediction equals. What is not
@@ -193,7 +217,7 @@ def collect(forward, clips, amp="off", workers=0):
     bar = progress(loader(clips, batch, keys, workers), "evaluating", math.ceil(len(keys) / batch),
                    leave=False, disable=RANK > 0, unit="batch")
     for samples in bar:
-        names = f"{clips.videos[samples.index[0]][0]} and the {len(samples.index) - 1} after it"
+        names = ", ".join(clips.videos[i][0] for i in samples.index.tolist())
         output = finite(forward, samples.video, amp, names)
         output = output.unflatten(0, (len(samples.labels), -1)).mean(dim=1)
         found.append((samples.index, samples.labels, output.cpu()))
@@ -226,17 +250,19 @@ def mean_average_precision(scores, truth):
 
 
 def linear_probe(train, labels, test):
-    """Class scores of test features: ridge regression to one-hot labels, standardised features."""
+    """Class scores (m, classes) of test features (m, D), from training features (n, D) and labels
+    (n,), -1 for none: ridge regression, of strength 10, from standardised features to one-hot."""
     train, labels = train[labels >= 0], labels[labels >= 0]
     mean, std = train.mean(dim=0), train.std(dim=0).nan_to_num() + 1e-6  # one has no std
     train, test, targets = (train - mean) / std, (test - mean) / std, F.one_hot(labels).float()
-    covariance = train.T @ train + 10 * torch.eye(train.shape[1])
-    weight = torch.linalg.solve(covariance, train.T @ (targets - targets.mean(dim=0)))
+    gram = train.T @ train + 10 * torch.eye(train.shape[1])
+    weight = torch.linalg.solve(gram, train.T @ (targets - targets.mean(dim=0)))
     return test @ weight + targets.mean(dim=0)
 
 
 def nearest_neighbours(train, labels, test, k=20, temperature=0.07):
-    """Class scores of test features: k-NN, a neighbour's vote weighs exp(cosine / temperature)."""
+    """Class scores (m, classes) of test features, as linear_probe: the votes of the k nearest
+    training features, each weighted by exp(cosine / temperature)."""
     train, labels = F.normalize(train[labels >= 0], dim=1), labels[labels >= 0]
     votes = torch.zeros(len(test), int(labels.max()) + 1)
     for rows, part in zip(votes.split(1024), F.normalize(test, dim=1).split(1024)):
@@ -245,19 +271,14 @@ def nearest_neighbours(train, labels, test, k=20, temperature=0.07):
     return votes
 
 
-def share_of(tests, named):
-    """What stands after an accuracy: of how many videos it is, and how many were named."""
-    return f"of {tests:,} videos, {max(tests, named):,} named"
-
-
-def evaluate(encoder, sets, amp, workers, title, named=0):
-    """Accuracy of probe and k-NN; sets: labelled training clips, and held-out ones to test on.
-    named: how many videos to test on were named, some may be missing."""
+def evaluate(encoder, sets, amp, workers, title, share):
+    """Accuracy of probe and k-NN, with a line of the log that title begins. sets and share: as
+    probe_sets gives them."""
     (train, labels), (test, truth) = (
         collect(lambda video: encoder(video).mean(dim=1), clips, amp, workers) for clips in sets)
     probe = accuracy(linear_probe(train, labels, test), truth)
     knn = accuracy(nearest_neighbours(train, labels, test), truth)
     unreadable = int((truth < 0).sum())
-    log(f"{title:10}linear probe {probe:.1%}, k-NN {knn:.1%} {share_of(len(truth), named)}"
+    log(f"{title:10}linear probe {probe:.1%}, k-NN {knn:.1%} {share}"
         + (f"; {unreadable:,} can't be read" if unreadable else ""))
     return {"linear_probe": probe, "knn": knn}

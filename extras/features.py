@@ -17,8 +17,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
 from data import SPLITS, Clips, centre_crop, centre_frames, find_videos
-from extras.evaluate import (accuracy, clip_of, collect, held_out, nearest_neighbours, share_of,
-                             told)
+from extras.evaluate import (accuracy, clip_of, collect, held_out, missing, nearest_neighbours,
+                             share_of, told)
 from extras.run import DEVICE, RANK, launch, log, save_atomically, set_up, write_json
 from sigma import UserError, load_encoder, read_checkpoint
 from train import DEFAULTS, FLAGS, check_clip, locate, parser_with
@@ -55,11 +55,6 @@ def parse(argv):
     return args, result
 
 
-def missing(skipped):
-    """What results hold of what was named but is missing."""
-    return dict(missing=len(skipped), first_missing=next(iter(skipped), None))
-
-
 def network(args):
     """A function from normalised clips to their features, and the Clips' options. Clips are like
     those that the network was trained on, unless flags differ."""
@@ -94,27 +89,29 @@ def main(argv=None):
     if not videos:
         raise UserError(f"{root} has no {args.split} videos")
     log(f"data      {len(videos):,} videos{told(skipped)}")
+    gone = missing(skipped)
     result.parent.mkdir(parents=True, exist_ok=True)
     if args.knn:
         tests, lacking = held_out(videos, classes, root, args.val, required=True)
         log(f"tests     {len(tests):,} videos{told(lacking)}")
         (train, labels), (test, truth) = features_of(videos), features_of(tests)
-        knn, named = accuracy(nearest_neighbours(train, labels, test), truth), len(tests + lacking)
+        knn, lost = accuracy(nearest_neighbours(train, labels, test), truth), missing(lacking)
+        named = len(tests) + lost["missing"]
         write_json(result, dict(
-            knn=knn, videos=len(truth), named=named, **missing(lacking),
+            knn=knn, videos=len(truth), named=named, **lost,
             unreadable=int((truth < 0).sum()), training={
-                "videos": len(labels), "named": len(videos + skipped), **missing(skipped),
+                "videos": len(labels), "named": len(videos) + gone["missing"], **gone,
                 "unreadable": int((labels < 0).sum())},
             args=vars(args), protocol="cosine, k = 20, votes exp(cosine / 0.07), one centre clip"))
         return log(f"k-NN {knn:.1%} {share_of(len(truth), named)}; wrote {result}")
     features, numbers = features_of([(path, i) for i, (path, _) in enumerate(videos)])
     features = features[numbers >= 0]  # -1: it can't be read; its own label may be -1 too
     paths, labels = zip(*(videos[i] for i in numbers.tolist() if i >= 0))
-    bad, named = len(videos) - len(paths), len(videos + skipped)
+    bad, named = len(videos) - len(paths), len(videos) + gone["missing"]
     if RANK == 0:
         save_atomically(result, dict(
             features=features, paths=list(paths), labels=torch.tensor(labels), named=named,
-            **missing(skipped), unreadable=bad, args=vars(args)))
+            **gone, unreadable=bad, args=vars(args)))
     log(f"wrote {result}: features {tuple(features.shape)} {share_of(len(paths), named)}; {bad:,} "
         "can't be read")
 

@@ -27,7 +27,7 @@ from torchvision.ops import stochastic_depth
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
 from data import find_videos, normalise
 from extras.augment import augment, label_table, limit, readable, test_clips, training_clips
-from extras.evaluate import (accuracy, clip_of, collect, held_out, mean_average_precision,
+from extras.evaluate import (accuracy, clip_of, collect, held_out, mean_average_precision, missing,
                              share_of, told)
 from extras.run import DEVICE, autocast, launch, log, one_first, saved_run, set_up, write_json
 from extras.toy import make_toy
@@ -55,8 +55,8 @@ HELP = {  # what flags of train.py mean here
 
 class Classifier(nn.Module):
     """An encoder, without its last norm, and a classifier: mean over tokens, LayerNorm, linear.
-    drop_path: how often, in training, a clip skips a half of the last block; linearly from 0 in
-    the first."""
+    drop_path: the probability, in training, that a clip skips attention or MLP of the last block;
+    it grows linearly from 0 in the first."""
 
     def __init__(self, encoder, classes, drop_path=0.0):
         super().__init__()
@@ -87,7 +87,7 @@ def loss_of(network, batch, args, classes, table):
     with autocast(args.amp):
         logits = network(video).float()
     loss = nn.BCEWithLogitsLoss() if args.multi_label else nn.CrossEntropyLoss(label_smoothing=0.1)
-    # Times 0 there is a graph all the same, or other processes would wait for ever.
+    # Times 0 the graph remains: without a backward pass DDP's other processes would wait for ever.
     return loss(logits, labels.to(DEVICE)) * some, {}
 
 
@@ -112,8 +112,8 @@ def make_parser():
 def settings(flags, model, clip):
     """All settings of a run by name, for an encoder "tiny" to "huge" or "other": flags come first,
     then the clip (frames, stride and size) of the run that --init names, then the recipes."""
-    key = "toy" if model == "tiny" else flags.data
-    recipe = RECIPES.get(key, {}) | (PROBES.get(key, dict(epochs=30)) if flags.freeze else {})
+    recipe = RECIPES.get(flags.data, {})
+    recipe = recipe | (PROBES.get(flags.data, dict(epochs=30)) if flags.freeze else {})
     given = {name: value for name, value in vars(flags).items() if value is not None}
     return settings_for(flags.data, model) | DEFAULTS | recipe | clip | given | {"model": model}
 
@@ -176,11 +176,11 @@ def test(args, model, tests, table, options, lacking=()):
         results = {"mAP": mean_average_precision(scores, table[[label for _, label in tests]])}
     else:
         results = {f"top{k}": accuracy(scores, labels, k) for k in (1, 5)}
-    named, figures = len(tests) + len(lacking), [f"{name} {x:.1%}" for name, x in results.items()]
+    lost, figures = missing(lacking), [f"{name} {x:.1%}" for name, x in results.items()]
+    named = len(tests) + lost["missing"]
     flags = [f"{name} {vars(args)[name]}" for name in "freeze epochs lr sampling views".split()]
     return results | dict(
-        videos=len(labels), named=named, missing=len(lacking),
-        first_missing=next(iter(lacking), None), unreadable=int((labels < 0).sum()),
+        videos=len(labels), named=named, **lost, unreadable=int((labels < 0).sum()),
         args=vars(args), summary=f"{', '.join(figures)} {share_of(len(labels), named)}"
         f"{told(lacking) if lacking else ''}; {', '.join(flags)}")
 
@@ -192,7 +192,8 @@ def make_model(args, encoder, classes, saved):
         head = {name: w for name, w in read_checkpoint(args.init)["model"].items()
                 if name.startswith("fc_norm.") or name.startswith("head.") and len(w) == classes}
         model.load_state_dict(head, strict=False)
-        log(f"weights   the encoder of {args.init}, {', '.join(head) or 'a new head'}")
+        log(f"weights   the encoder of {args.init}, {', '.join(head) or 'a new fc_norm'}"
+            + (", a new head" if "head.weight" not in head else ""))
     encoder.requires_grad_(not args.freeze)
     set_blocks(encoder.blocks, recompute=encoder.dim >= 1024)  # memory before speed
     return model

@@ -89,7 +89,7 @@ def theirs_of(content):
     kind = ("ForVideoClassification" if "classes" in sizes else
             "ForPreTraining" if sizes.get("target") == "pixel" else "Model")
     if kind == "Model":
-        print("the encoder alone: the rest, if any, has no place there")
+        print("only the encoder is exported: VideoMAEModel has no place for the rest")
         weights = {name: w for name, w in weights.items() if name.startswith("encoder.")}
         pairs = NAMES + [("videomae.", "")]
     theirs = renamed(weights, pairs)
@@ -115,7 +115,7 @@ def write_folder(folder, weights, *configs):
     try:
         from safetensors.torch import save
     except ImportError:
-        print("to get model.safetensors do: pip install safetensors; without it")
+        print("safetensors is not installed: writing pytorch_model.bin instead")
         save_atomically(folder / "pytorch_model.bin", weights)
         return folder / "pytorch_model.bin"
     weights = {name: w.contiguous() for name, w in weights.items()}

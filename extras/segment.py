@@ -64,9 +64,9 @@ def read_mask(path):
 
 
 def read_masks(paths):
-    """{stem: segments (H, W)} of one video's annotations {stem: path}. 255 is void, as background,
-    beside numbers of objects. Where a whole video is grey and holds none, or some above 126, as
-    soft edges do, its object is what is nearer to 255 than to 0."""
+    """{stem: segments (H, W)} of a video's annotations {stem: path}. If all are grey and hold 0 and
+    255 alone, or any value above 126, as soft edges do, there is one object: pixels above 127.
+    Otherwise 255 is void and becomes background."""
     read = {stem: read_mask(path) for stem, path in paths.items()}
     numbers = {n for mask, _ in read.values() for n in mask.unique().tolist()} - {0, 255}
     binary = all(grey for _, grey in read.values()) and (not numbers or max(numbers) > 126)
@@ -101,12 +101,13 @@ def find_frames(root):
     return found
 
 
-def annotated_clips(frames, masks, length, size, tubelet):
+def annotated_clips(frames, masks, length, size, frames_per_tube):
     """Yields the clips of a video that have time slices whose first frame is annotated: their first
     path, the numbers of these slices, the annotations, and the clip (length, 3, size, size)."""
     for start in range(0, len(frames), length):
         paths = frames[start:start + length]
-        stems = {i: path.stem for i, path in enumerate(paths[::tubelet]) if path.stem in masks}
+        stems = {i: path.stem for i, path in enumerate(paths[::frames_per_tube])
+                 if path.stem in masks}
         if stems:
             images = [read_image(path, size) for path in paths]
             clip = torch.cat(images + images[-1:] * (length - len(images)))
@@ -121,17 +122,17 @@ def segment_clip(tokens, true, s, slices, args, generator):
     return clustering(few, true, s), overclustering(many, true, k, s)
 
 
-def segment_video(tokens_of, frames, masks, args, tubelet, generator):
+def segment_video(tokens_of, frames, masks, args, frames_per_tube, generator):
     """For each clip of a video with annotations its mean IoU by clustering and overclustering, with
     and without background, (2, 2); and images (slices, 4, 3, size, size): frame, truth, both."""
     scores, shown = [], []
-    clips = annotated_clips(frames, read_masks(masks), args.frames, args.size, tubelet)
+    clips = annotated_clips(frames, read_masks(masks), args.frames, args.size, frames_per_tube)
     for path, slices, annotations, clip in clips:
         true, s = number_segments(annotations, args.size)
         found = segment_clip(tokens_of(clip, path), true, s, slices, args, generator)
         scores.append(torch.stack([mean_iou(x, true, s) for x in found]))
         colours = COLOURS[torch.stack([true, *found], dim=1) % len(COLOURS)].movedim(-1, 2)
-        images = clip[::tubelet][slices, None]  # t 1 3 S S
+        images = clip[::frames_per_tube][slices, None]  # t 1 3 S S
         shown.append(torch.cat([images, (images + 2 * colours) // 3], dim=1).byte())
     return scores, shown
 

@@ -49,13 +49,14 @@ def training_step(args, name, mask, device=DEVICE):
 
 
 def recompute(model, name, compiled=False):
-    """As train.py does it: the blocks of large sizes keep no activations."""
+    """As train.py does it: blocks of large and huge keep no activations, but compute them again.
+    compiled: blocks are compiled, too."""
     set_blocks([*model.encoder.blocks, *model.decoder.blocks], name in ("large", "huge"), compiled)
 
 
 def count_memory(args, name, batch):
-    """Bytes of a training step when it needs most, by kind as MemTracker names them, and "Total".
-    Nothing is computed: the tensors have shapes, but no data."""
+    """Peak memory of a training step in bytes, by MemTracker's kinds, and "Total". Nothing
+    is computed: the tensors have shapes, but no data."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # private: they may move
     from torch.distributed._tools.mem_tracker import MemTracker
 

@@ -19,14 +19,12 @@ def tables(root, pattern):
     """Tables of that name in root or a folder in it: (name, content), names in any coding."""
     found = sorted(root.glob(pattern)) + sorted(root.glob(f"*/{pattern}"))
     if not found:
-        raise UserError(f"{root} has no table {pattern}: see `lists --help` for the layout")
+        raise UserError(f"{root} has no table {pattern}: see python extras/videos.py lists --help")
     return [(path.name, path.read_text("utf-8-sig", "surrogateescape")) for path in found]
 
 
 def k400_rows(root, _):
-    """Yields (split, video, label) for each row of a set's tables. video: the name of its file
-    without suffix, for ucf101 and hmdb51 behind its folder's. The number tells which of their
-    splits."""
+    """Kinetics-400's rows; there is one split."""
     rows = [row for _, table in tables(root, "*.csv") for row in csv.DictReader(table.splitlines())
             if {"label", "youtube_id"} <= row.keys()]
     labels = {name: i for i, name in enumerate(sorted({row["label"] for row in rows}))}
@@ -37,7 +35,7 @@ def k400_rows(root, _):
 
 
 def ssv2_rows(root, _):
-    """As k400_rows."""
+    """Something-Something V2's rows; there is one split."""
     labels = json.loads(tables(root, "*labels.json")[0][1])
     for split, pattern in (("train", "*train.json"), ("val", "*validation.json")):
         for row in json.loads(tables(root, pattern)[0][1]):
@@ -45,7 +43,7 @@ def ssv2_rows(root, _):
 
 
 def ucf101_rows(root, number):
-    """As k400_rows."""
+    """UCF101's rows of split 1, 2 or 3."""
     words = tables(root, "classInd.txt")[0][1].split()
     labels = {name: int(i) - 1 for i, name in zip(words[::2], words[1::2])}
     for split, part in (("train", "train"), ("val", "test")):
@@ -55,7 +53,7 @@ def ucf101_rows(root, number):
 
 
 def hmdb51_rows(root, number):
-    """As k400_rows."""
+    """HMDB51's rows of split 1, 2 or 3."""
     for label, (file, table) in enumerate(tables(root, f"*_test_split{number}.txt")):
         words, folder = table.split(), file.split("_test_split")[0]
         for video, use in zip(words[::2], words[1::2]):
@@ -63,4 +61,6 @@ def hmdb51_rows(root, number):
             yield split, f"{folder}/{video.removesuffix('.avi')}", label
 
 
+# Each yields (split, video, label) for the rows of a set's tables in root. video: the name of its
+# file without suffix, for ucf101 and hmdb51 behind its folder's.
 ROWS = {"k400": k400_rows, "ssv2": ssv2_rows, "ucf101": ucf101_rows, "hmdb51": hmdb51_rows}

@@ -1370,7 +1370,7 @@ class TestSegment:
     def test_a_small_example_by_hand(self):
         true = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2])
         found = clusters.clustering(torch.tensor([1, 1, 1, 2, 2, 2, 0, 2]), true, 3)
-        _, ious = clusters.compare(found, true, 3, 3)
+        _, ious = clusters.overlaps(found, true, 3, 3)
         assert ious.diagonal().tolist() == pytest.approx([3 / 4, 2 / 4, 1 / 2])
         over = torch.tensor([3, 3, 4, 4, 0, 1, 2, 2])
         assert torch.equal(clusters.overclustering(over, true, 5, 3), true)
@@ -1489,7 +1489,7 @@ class TestSegment:
         orders = torch.tensor(list(permutations(range(6))))  # 720 6
         for seed in range(50):
             scores = torch.rand(6, 6, generator=data.seeded(seed))
-            best = orders[scores[orders, torch.arange(6)].sum(dim=1).argmax()]
+            best = orders[scores[torch.arange(6), orders].sum(dim=1).argmax()]
             assert clusters.match(scores) == best.tolist()
 
 

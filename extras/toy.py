@@ -1,6 +1,7 @@
 """The toy set: 9,792 small clips of a shape that drifts in one of eight directions, the class.
 
-Rendered once into data/toy, in a minute; `toy_clip` draws one, `make_toy` writes them all.
+Rendered once into data/toy, in a minute; `toy_clip` draws one, `make_toy` writes them all. With it
+what else makes material, for scripts as well: `write_video`, `in_parallel`, `random_dino`.
 """
 import math
 import os

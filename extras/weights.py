@@ -129,10 +129,11 @@ def convert(path, **heads):
     sizes, args, config = content.get("sizes"), content.get("args", {}), {}
     if not sizes:  # it is not ours
         sizes = sizes_of(weights)
-        told = vars(args) if isinstance(args, argparse.Namespace) else args
+        stated = vars(args) if isinstance(args, argparse.Namespace) else args
         if any("layernorm_before" in name for name in theirs):
-            told = config = huggingface.read_config(path.with_name("config.json"), sizes)
-        args = {ours: told[name] for name, ours in CLIP.items() if isinstance(told.get(name), int)}
+            stated = config = huggingface.read_config(path.with_name("config.json"), sizes)
+        args = {ours: stated[name] for name, ours in CLIP.items()
+                if isinstance(stated.get(name), int)}
     sizes = sizes | heads_of(sizes, heads, config, path)
     network = empty_network(sizes, "encoder.norm.weight" in weights)
     fill(network, {name: w.to("meta") for name, w in weights.items()}, path)  # do all of them fit?

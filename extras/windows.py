@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the core, wherever this is started
 from data import SPLITS, centre_crop, decode, find_videos, resize_crop
-from extras.evaluate import clip_of, finite, share_of, told
+from extras.evaluate import clip_of, finite, missing, share_of, told
 from extras.reader import VideoError, all_frames, frame_times, nearest, opened, to_rgb
 from extras.run import (DEVICE, RANK, WORLD, claim, draft_of, gather, gather_dict, launch, log,
                         progress, set_up, start_worker, write_json)
@@ -157,8 +157,9 @@ def write_windows(forward, paths, out, settings, workers, skipped):
     bad = sum(name not in videos for name in names)
     if bad == len(names):
         raise UserError("none of the videos can be read")
-    log(f"wrote {out}/windows.json and {len(names) - bad:,} .npy files, "
-        f"{share_of(len(names), len(names) + len(skipped))}; {bad:,} can't be read{told(skipped)}")
+    share = share_of(len(names), len(names) + missing(skipped)["missing"])
+    log(f"wrote {out}/windows.json and {len(names) - bad:,} .npy files, {share}; {bad:,} can't be "
+        f"read{told(skipped)}")
 
 
 def parse(argv):
