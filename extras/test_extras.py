@@ -1364,7 +1364,7 @@ class TestSegment:
         true = torch.arange(10).repeat(20)
         tokens = F.one_hot(true, 16) + 0.002 * torch.randn(200, 16, generator=data.seeded(0))
         for seed in range(5):
-            found = segment.kmeans(tokens, 10, data.seeded(seed), restarts=1)
+            found = clusters.kmeans(tokens, 10, data.seeded(seed), restarts=1)
             assert len({*zip(found.tolist(), true.tolist())}) == len(found.unique()) == 10
 
     def test_a_small_example_by_hand(self):
