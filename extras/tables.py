@@ -19,8 +19,8 @@ def tables(root, pattern):
     """Tables of that name in root or a folder in it: (name, content), names in any coding."""
     found = sorted(root.glob(pattern)) + sorted(root.glob(f"*/{pattern}"))
     if not found:
-        raise UserError(f"{root} has no table {pattern}: for the layout see python extras/videos.py "
-                        "lists --help")
+        raise UserError(f"{root} has no table {pattern}: for the layout see python "
+                        "extras/videos.py lists --help")
     return [(path.name, path.read_text("utf-8-sig", "surrogateescape")) for path in found]
 
 
