@@ -91,7 +91,7 @@ def read_list(file, skipped, several=False):
 
 
 def split_line(line, folder):
-    """The path in a line, which may hold spaces and commas, and the fields behind it: the
+    """The path in a line, which may hold spaces and commas, and the fields after it: the
     fewest for which the path is a file; if there is none, at most one."""
     line = re.sub(r'^"(.*?)"(?=[\s,;]|$)', r"\1", line)  # quoted by a spreadsheet
     words = re.split(r"([\s,;]+)", line)  # in turn with what separates them

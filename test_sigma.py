@@ -535,7 +535,7 @@ def write_numbered(path, codec="libx264", times=range(60), rate=25, sound=None, 
 
 
 def turn(path, turns):
-    """Has an mp4's track header say, as phones do, that frames are to be turned by 90 degrees
+    """Has an mp4's track header say, as phones do, that frames are to be rotated by 90 degrees
     anticlockwise, so many times."""
     cos, sin = ((1, 0), (0, 1), (-1, 0), (0, -1))[turns]
     content, matrix = bytearray(Path(path).read_bytes()), (cos, -sin, 0, sin, cos)
@@ -668,7 +668,7 @@ class TestData:
         assert b_frames and numbers_in("packed.mp4", range(60), [37]) == [[*range(60)], [37]]
 
     @pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
-    def test_behind_a_damaged_middle_no_frame_shifts(self, codec):
+    def test_after_a_damaged_middle_no_frame_shifts(self, codec):
         write_numbered("v.mp4", codec=codec, bf="2", g="12", b="2M")
         with av.open("v.mp4") as container:
             packet = [packet for packet in container.demux() if packet.size][29]
@@ -684,7 +684,7 @@ class TestData:
             numbers_in("v.mp4", range(60))
 
     @pytest.mark.parametrize("name, stills, default", [("thumb.mp4", 1, 0), ("two.mkv", 9, 1)])
-    def test_the_film_is_read_not_just_the_first_stream(self, name, stills, default):
+    def test_the_video_is_read_not_just_the_first_stream(self, name, stills, default):
         """A picture that comes first is none, and of two the one marked as default counts."""
         write_numbered("v.mp4")
         with av.open("v.mp4") as whole, av.open(name, "w") as both:
@@ -709,12 +709,12 @@ class TestData:
         assert result.stdout.split() == [b"2", b"3", b"48", b"128"], result.stderr
 
     @pytest.mark.parametrize("turns", [1, 2, 3])
-    def test_turned_videos_stand_upright(self, turns):
+    def test_rotated_videos_stand_upright(self, turns):
         write_numbered("v.mp4", bf="2")
         before, = data.decode("v.mp4", lambda n: [[30]])
         turn("v.mp4", turns)
-        turned, = data.decode("v.mp4", lambda n: [[30]])
-        assert torch.equal(turned, before.rot90(turns, (2, 3)))
+        upright, = data.decode("v.mp4", lambda n: [[30]])
+        assert torch.equal(upright, before.rot90(turns, (2, 3)))
 
     @pytest.mark.parametrize("name", [b"cam:1.mp4", b"100%d.mp4", b"caf\xe9.mp4"])
     def test_any_file_name_is_a_file_name(self, name):
@@ -1121,7 +1121,7 @@ class TestTraining:
         assert run(train, *RUN, "--out", OUT) == 0
         assert str(read_json(OUT)["trained"]["knn"]) in capsys.readouterr().out
 
-    def test_a_stopped_or_killed_run_goes_on_bit_for_bit(self, here):
+    def test_a_stopped_or_killed_run_resumes_bit_for_bit(self, here):
         """Killed with SIGKILL at any moment; the log has each step once; no drafts are left."""
         for at, seconds in ((100, 600), (333, 0)):  # the position of a clip; from save to save
             run_apart("killed", *RUN, trouble="kill", at=at, log_steps=1, save_seconds=seconds)
@@ -1230,7 +1230,7 @@ class TestTraining:
             running.same_for_all("the videos", None)
         assert words in str(error.value)
 
-    def test_a_run_does_not_go_on_with_another_number_of_videos(self, here, capsys):
+    def test_a_run_is_not_resumed_with_another_number_of_videos(self, here, capsys):
         paths = [path for path, _ in data.find_videos("data/toy")[0]]
         flags = "--model tiny --size 32 --frames 8 --stride 1 --out out --data list.csv".split()
         for number, code in ((40, 0), (39, 2)):
@@ -1508,7 +1508,7 @@ class TestTraining:
             assert all(torch.allclose(part, p.grad, rtol=1e-9, atol=1e-14) for part in parts)
         assert torch.equal(alone[1], sinkhorn(SCORES[350:]))
 
-    def test_two_processes_go_on_where_one_stopped(self, here):
+    def test_two_processes_resume_where_one_stopped(self, here):
         """The same steps on the same clips: another number of processes changes rounding alone."""
         flags = ["--epochs", "3", "--out"]
         assert run(train, *flags, "one") == run(train, *flags, "more", "--max-steps", 2) == 0
@@ -1545,7 +1545,7 @@ class TestOnAGPU:
         wanted = log_of(f"cpu-{flags}")[0]["loss"]
         assert line["loss"] == pytest.approx(wanted, rel=1e-3 if "off" in flags else 2e-2)
 
-    def test_one_nccl_process_stops_and_goes_on(self, here):
+    def test_one_nccl_process_stops_and_resumes(self, here):
         torchrun = [*TORCHRUN, "--nproc_per_node=1"]
         for steps in ("2", "4"):
             log = self.on_gpu("nccl", "--max-steps", steps, launcher=torchrun)

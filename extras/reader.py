@@ -216,7 +216,7 @@ def from_beginning(path, times, trusted, motion=False):
 
 
 def quarter_turns(frame):
-    """How often a frame must be turned by 90 degrees, anticlockwise, to be upright."""
+    """How often a frame must be rotated by 90 degrees, anticlockwise, to be upright."""
     return round(frame.rotation / 90) % 4
 
 

@@ -63,5 +63,5 @@ def hmdb51_rows(root, number):
 
 
 # Each yields (split, video, label) for the rows of a set's tables in root. video: the name of its
-# file without suffix, for ucf101 and hmdb51 behind its folder's.
+# file without suffix, for ucf101 and hmdb51 after its folder's.
 ROWS = {"k400": k400_rows, "ssv2": ssv2_rows, "ucf101": ucf101_rows, "hmdb51": hmdb51_rows}

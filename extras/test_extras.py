@@ -811,7 +811,7 @@ class TestVideos:
         assert run(videos, "prepare", "a", "b", "--workers", 0) == 0
         assert "bad.mp4: " in Path("b/bad.txt").read_text() and Path("b/good.mp4").exists()
 
-    def test_prepare_goes_on_and_overwrites_nothing(self):
+    def test_prepare_resumes_and_overwrites_nothing(self):
         put({"x/1.mp4": 30, "x.mp4": 60, "list.csv": "x.mp4 1\n"}, "a")
         put({"x.mp4": "mine", "list.csv": "mine"}, "b")
         assert run(videos, "prepare", "a", "b", "--workers", 0) == 0
@@ -1248,7 +1248,7 @@ class TestMotion:
 
     @pytest.mark.parametrize("turns", range(4))
     def test_vectors_tell_where_each_pixel_of_the_upright_frame_comes_from(self, turns):
-        """However the file is turned. A part stands still, so that directions and places count."""
+        """However the file is rotated. A part stands still, so that directions and places count."""
         watch = motion.MotionRecorder()
         write_pan("v.mp4", still=80)
         turn("v.mp4", turns)

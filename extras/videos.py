@@ -103,10 +103,10 @@ def check(args):
 
 
 def resize(frame):
-    """A frame with short side 256, turned as its file says, in its own colours."""
+    """A frame with short side 256, rotated as its file says, in its own colours."""
     sides, turns = (frame.height, frame.width), quarter_turns(frame)
     height, width = (max(2, 2 * round(128 * side / min(sides))) for side in sides)
-    form = "yuv444p" if turns else "yuv420p"  # planes of one size can be turned
+    form = "yuv444p" if turns else "yuv420p"  # planes of one size can be rotated
     image = REFORMATTER.reformat(frame, width, height, form, threads=1)
     if turns:
         planes = torch.from_numpy(image.to_ndarray()).rot90(turns, (1, 2))

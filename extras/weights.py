@@ -85,7 +85,7 @@ def refuse_others(weights, theirs, path):
     if "head.weight" in weights and "fc_norm.weight" not in weights:
         raise UserError(f"{path} is a classifier without mean pooling (no fc_norm): not supported")
     if "mask_token" in weights and "encoder.norm.weight" not in weights:
-        raise UserError(f"{path} has no norm behind its encoder: transformers leaves it out if use_"
+        raise UserError(f"{path} has no norm after its encoder: transformers leaves it out if use_"
                         "mean_pooling is True, its default; the published networks have one")
 
 
