@@ -173,7 +173,7 @@ def parse(argv):
     for name, meaning in HELP.items():
         add(f"--{name}", **FLAGS[name] | {"help": meaning})
     add("--root", required=True, help="folder with JPEGImages and Annotations")
-    add("--layer", type=at_least(1), help="block whose tokens to cluster (default: the last, normed)")
+    add("--layer", type=at_least(1), help="block whose tokens to use (default: the last, normed)")
     add("--clusters", type=at_least(1), default=10, help="of overclustering (default: 10)")
     add("--restarts", type=at_least(1), default=5, help="of k-means (default: 5)")
     add("--pictures", action="store_true", help="write a picture and a video of each video")
