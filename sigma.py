@@ -231,7 +231,7 @@ class Teacher(nn.Module):
         first, position = position[:, :token.shape[1]], position[:, token.shape[1]:]
         side = math.isqrt(position.shape[1])
         if side ** 2 != position.shape[1] or weights["patch_embed.proj.weight"].ndim != 4:
-            raise UserError("the teacher is no ViT for images: its patches or positions differ")
+            raise UserError("the teacher's patches or positions are not those of square images")
         for name in [name for name in weights if name.endswith("qkv.bias")]:
             query, _, value = weights.pop(name).chunk(3)  # a bias of keys cancels in the softmax
             weights |= {name.replace("qkv.bias", "q_bias"): query,

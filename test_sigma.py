@@ -1416,7 +1416,7 @@ class TestTraining:
         monkeypatch.setattr(evaluate, "EVAL_CLIPS", 2)
         videos, options = [(f"{i}.mp4", 0) for i in range(5)], dict(frames=4, stride=1, size=32)
         sets, share = evaluate.probe_sets(videos, videos[:3], [], **options)
-        assert [len(clips) for clips in sets] == [2, 2] and "every 2. of 3" in share
+        assert [len(clips) for clips in sets] == [2, 2] and "one in 2 of 3" in share
 
     def test_test_videos_that_are_missing_are_counted_and_named(self, here):
         """In the log, in results.json, and all of them in skipped.txt."""

@@ -113,7 +113,6 @@ def fingerprint(module):
 EVAL_CLIPS = 10_000  # of each split, for probe and k-NN
 PROTOCOL = ("top-1, frozen encoder, mean over tokens, one centre clip per video; probe: ridge "
             "regression (10) on standardised features; k-NN: cosine, k = 20, temperature 0.07")
-
 NO_PROBE = ("a probe needs labelled videos to train and to test on: train and val (or test) of "
             "--data, or --val")
 
@@ -132,9 +131,9 @@ def missing(skipped):
 
 
 def share_of(used, named, every=1):
-    """What stands after an accuracy: of how many videos it is, and how many were named. every: if
-    only every so many-th was used."""
-    part = f"every {every}. of " if every > 1 else ""
+    """What stands after an accuracy: of how many videos it is, and how many were named; every: of
+    how many of these one was taken."""
+    part = f"one in {every} of " if every > 1 else ""
     return f"of {used:,} videos, {part}{max(used, named):,} named"
 
 
