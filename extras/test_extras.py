@@ -1,6 +1,7 @@
 """What the scripts in extras/ must do, as short tests: python -m pytest -q."""
 import argparse
 import contextlib
+import importlib
 import importlib.util
 import json
 import os
@@ -1526,6 +1527,21 @@ class TestPages:
             exec(snippet, space)
             said = re.findall(r"^(?:print\(.*\)  )?# (.*)$", snippet, re.M)
             assert said == capsys.readouterr().out.splitlines(), snippet
+
+    @pytest.mark.parametrize("page", ["../README.md", "README.md", "activitynet.md"])
+    def test_scripts_know_the_flags_and_words_of_the_pages_commands(self, page, capsys):
+        """But not ActionFormer's, with its configs/. That the commands work, other tests show."""
+        text = (Path(__file__).parent / page).read_text(encoding="utf-8").replace("\\\n", " ")
+        command = r"(?:python|torchrun)(?: -\S+)* ((?:extras/)?\w+)\.py([^`|\n&#]*)"
+        commands = [(name, words.split()) for name, words in re.findall(command, text)
+                    if name != "sigma" and "configs/" not in words]
+        for name, words in commands:
+            with pytest.raises(SystemExit) as end:
+                importlib.import_module(name.replace("/", ".")).main([*words, "--help"])
+            shown = capsys.readouterr().out
+            flags = [word.split("=")[0] for word in words if word.startswith("--")]
+            assert end.value.code == 0 and all(f"{flag} " in shown for flag in flags), (name, words)
+        assert commands
 
     def test_ideas_run_and_resume_under_their_own_name_only(self, here):
         ideas = dict.fromkeys(("BlockMask", "Centred", "MovingAverage"))
