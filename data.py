@@ -31,7 +31,7 @@ MAKE_LISTS = "turn it into lists first, see python extras/videos.py lists --help
 
 
 def seeded(*numbers):
-    """A random generator that the whole numbers determine: every 64-bit Python hashes these alike."""
+    """A random generator that the whole numbers determine: 64-bit Pythons hash these alike."""
     return torch.Generator().manual_seed(hash(numbers) % 2 ** 63)
 
 
