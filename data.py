@@ -174,8 +174,7 @@ def decode(path, choose, watch=None):
     """Like reader.decode; images too, as clips that stand still."""
     if Path(path).suffix.lower() not in IMAGES:
         return reader.decode(path, choose, watch)
-    _, frame, _ = next(reader.all_frames(path))
-    image = reader.to_rgb(frame).permute(2, 0, 1)
+    image = reader.to_rgb(next(reader.all_frames(path))[1]).permute(2, 0, 1)  # 3 H W
     return [image.expand(len(clip), -1, -1, -1) for clip in choose(1)]
 
 

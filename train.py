@@ -107,12 +107,13 @@ FLAGS = {  # the scripts in extras/ take theirs from here
 }
 
 
-def parser_with(description, *names):
-    """An argument parser with the given entries of FLAGS."""
+def parser_with(description, *names, meanings={}):
+    """An argument parser with the given entries of FLAGS; meanings: more, with help of their own."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in names:
-        parser.add_argument(f"--{name}", **FLAGS[name])
+    for name in (*names, *meanings):
+        meaning = {"help": meanings[name]} if name in meanings else {}
+        parser.add_argument(f"--{name}", **FLAGS[name] | meaning)
     return parser
 
 

@@ -26,7 +26,7 @@ from data import Clips, find_videos, normalise
 from extras.run import AMP, DEVICE, GPU, launch, set_up, write_json
 from extras.step import DTYPES, count_memory, random_mask, recompute, training_step
 from sigma import SIZES, UserError, sinkhorn, sizes_for, symmetric_loss
-from train import FLAGS, locate, parser_with, settings_for
+from train import locate, parser_with, settings_for
 
 VIDEOS = {"k400": 241_000, "ssv2": 168_913, "ucf101": 9_537, "hmdb51": 3_570, "toy": 8_192}
 SIDE = 8192 if GPU else 4096  # of the matrices whose product steps are compared with
@@ -183,10 +183,8 @@ def show_memory(args):
 
 def main(argv=None):
     """One run, from the flags to the figures."""
-    parser = parser_with(__doc__, "root", "target", "compile")
+    parser = parser_with(__doc__, "root", "target", "compile", meanings=HELP)
     add = parser.add_argument
-    for name, meaning in HELP.items():
-        add(f"--{name}", **FLAGS[name] | {"help": meaning})
     add("--memory", action="store_true", help="count the peak memory of a step, measure nothing")
     add("--out", type=Path, metavar="FILE", help="write the figures as JSON, too")
     add("--check", action="store_true", help=argparse.SUPPRESS)  # as it was

@@ -33,10 +33,8 @@ HELP = {  # what flags of train.py mean here
 
 def parse(argv):
     """The flags, and the file to write."""
-    parser = parser_with(__doc__, *"data root amp out".split())
+    parser = parser_with(__doc__, *"data root amp out".split(), meanings=HELP)
     add = parser.add_argument
-    for name, meaning in HELP.items():
-        add(f"--{name}", **FLAGS[name] | {"help": meaning})
     add("--init", required=True, **FLAGS["init"])
     add("--split", choices=SPLITS, default="train", help="default: train, or the folder itself")
     add("--knn", action="store_true", help="k-NN of held-out videos, no file of features")

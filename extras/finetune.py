@@ -33,7 +33,7 @@ from extras.evaluate import (accuracy, clip_of, collect, held_out, mean_average_
 from extras.run import DEVICE, autocast, launch, log, one_first, saved_run, set_up, write_json
 from extras.toy import make_toy
 from sigma import SIZES, build_model, load_encoder, read_checkpoint
-from train import FLAGS, at_least, check_clip, fit, locate, parser_with, set_blocks, settings_for
+from train import at_least, check_clip, fit, locate, parser_with, set_blocks, settings_for
 
 # What changes in the recipe of pretraining: for all, then by data set, then for probes.
 DEFAULTS = dict(epochs=100, lr=1e-3, final_lr=1e-6, warmup=5, gpu_batch=16, global_batch=None,
@@ -95,10 +95,8 @@ def loss_of(network, batch, args, classes, table):
 def make_parser():
     """The parser of the flags, without the defaults that recipes give: see `settings`."""
     parser = parser_with(__doc__, *"init data root val batch-size lr frames stride size".split(),
-                         "amp", "workers", "timeout", "max-steps", "out")
+                         "amp", "workers", "timeout", "max-steps", "out", meanings=HELP)
     add = parser.add_argument
-    for name, meaning in HELP.items():
-        add(f"--{name}", **FLAGS[name] | {"help": meaning})
     add("--freeze", action="store_true", help="linear probe: train LayerNorm and head alone")
     add("--multi-label", action="store_true", help="several labels a line, as for Charades")
     add("--limit", type=at_least(1), help="number of training videos; single labels are balanced")

@@ -38,7 +38,7 @@ from extras.reader import VideoError, all_frames
 from extras.run import DEVICE, RANK, WORLD, draft_of, gather_dict, launch, log, set_up, write_json
 from extras.toy import write_video
 from sigma import UserError, build_model, load_encoder, read_checkpoint
-from train import DEFAULTS, FLAGS, at_least, check_clip, parser_with
+from train import DEFAULTS, at_least, check_clip, parser_with
 
 COLOURS = torch.tensor([[0, 0, 0], [230, 25, 75], [60, 180, 75], [255, 225, 25], [0, 130, 200],
                         [245, 130, 48], [145, 30, 180], [70, 240, 240], [250, 190, 212]])
@@ -168,10 +168,8 @@ def report(scores, args):
 
 def parse(argv):
     """The flags."""
-    parser = parser_with(__doc__, "init", "amp", "out")
+    parser = parser_with(__doc__, "init", "amp", "out", meanings=HELP)
     add = parser.add_argument
-    for name, meaning in HELP.items():
-        add(f"--{name}", **FLAGS[name] | {"help": meaning})
     add("--root", required=True, help="folder with JPEGImages and Annotations")
     add("--layer", type=at_least(1), help="block whose tokens to use (default: the last, normed)")
     add("--clusters", type=at_least(1), default=10, help="of overclustering (default: 10)")

@@ -76,5 +76,6 @@ def count_memory(args, name, batch):
             trained.step()
     peak, found = tracker.get_tracker_snapshot("peak"), {}
     for kind, number in (pair for kinds in peak.values() for pair in kinds.items()):
-        found[str(getattr(kind, "value", kind))] = found.get(kind, 0) + number
+        name = str(getattr(kind, "value", kind))
+        found[name] = found.get(name, 0) + number
     return found

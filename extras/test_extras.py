@@ -186,6 +186,12 @@ class TestFeatures:
             assert (results["videos"], results["named"], results["missing"]) == (6, 8, 2)
             assert "gone.mp4" in results["first_missing"]
 
+    def test_windows_count_what_was_listed_and_not_what_lies_beside(self, here):
+        put({"a/1.mp4": None, "a/notes.txt": "", "2.mp4": None}, "set")  # 2 is in no class folder
+        assert run(windows, "--init", "run", "--data", "set", "--window", 8, "--out", "out") == 0
+        found = read_json("out", "windows.json")
+        assert found["missing"] == 1 and found["first_missing"].startswith("set/2.mp4")
+
 
 class TestWindows:
     @pytest.mark.parametrize("times, rows", [

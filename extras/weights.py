@@ -22,7 +22,7 @@ from extras import huggingface
 from extras.evaluate import clip_of, plain_weights
 from extras.huggingface import renamed
 from extras.run import launch, save_atomically
-from sigma import (DINO_WIDTHS, SIGMA, SIZES, Encoder, UserError, depth_of, fill, read_file)
+from sigma import DINO_WIDTHS, SIGMA, SIZES, Encoder, UserError, depth_of, fill, read_file
 from train import at_least, parser_with
 
 CLIP = {"num_frames": "frames", "sampling_rate": "stride", "input_size": "size",

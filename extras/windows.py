@@ -107,11 +107,11 @@ def write_features(forward, windows, out, workers):
             found[path] = what if isinstance(what, str) else "none of its windows can be read"
         else:
             every = range(what["windows"])
-            missing = [row for row in every if row not in rows]
-            rows |= {row: rows[min(rows, key=lambda other: abs(other - row))] for row in missing}
+            lost = [row for row in every if row not in rows]
+            rows |= {row: rows[min(rows, key=lambda other: abs(other - row))] for row in lost}
             with draft_of(out / f"{Path(path).stem}.npy") as draft, open(draft, "wb") as file:
                 numpy.save(file, torch.stack([rows[row] for row in every]).numpy())
-            found[path] = what | {"unreadable": missing}
+            found[path] = what | {"unreadable": lost}
             rows.clear()
     return found
 
@@ -132,7 +132,7 @@ def write_windows(forward, paths, out, settings, workers, skipped):
     span = settings["window"] * settings["stride"]
     content = dict(settings=settings, actionformer=dict(feat_stride=step, num_frames=span),
                    opentad=dict(feature_stride=step, offset_frames=span // 2),
-                   missing=len(skipped), first_missing=next(iter(skipped), None), videos=videos)
+                   **missing(skipped), videos=videos)
     todo = gather([path for name, path in names.items()
                    if name not in videos or not (out / f"{name}.npy").exists()])[0]
     log(f"{len(names) - len(todo):,} of {len(names):,} videos are done")
@@ -164,10 +164,8 @@ def write_windows(forward, paths, out, settings, workers, skipped):
 
 def parse(argv):
     """The flags."""
-    parser = parser_with(__doc__, *"data root amp out".split())
+    parser = parser_with(__doc__, *"data root amp out".split(), meanings=HELP)
     add = parser.add_argument
-    for name, meaning in HELP.items():
-        add(f"--{name}", **FLAGS[name] | {"help": meaning})
     add("--init", required=True, **FLAGS["init"])
     add("--split", choices=SPLITS, default="train", help="default: train, or the folder itself")
     add("--window", type=at_least(1), help="frames of a window (default: of the run's clips)")
