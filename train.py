@@ -108,7 +108,7 @@ FLAGS = {  # the scripts in extras/ take theirs from here
 
 
 def parser_with(description, *names, meanings={}):
-    """An argument parser with the given entries of FLAGS; meanings: more, with help of their own."""
+    """An argument parser with the given entries of FLAGS; meanings: more, with other help texts."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in (*names, *meanings):
